@@ -1,0 +1,1 @@
+"""attnlang: a compiler for attention."""

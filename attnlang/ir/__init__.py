@@ -1,0 +1,83 @@
+"""Intermediate representation: expressions, programs and their reference semantics. Imports nothing of ours."""
+
+from . import build
+from .evaluate import Environment, evaluate
+from .nodes import AXES, Const, Expr, Index, Input, Load, Op, Param, Scalar, Size, postorder, rewrite, substitute
+from .ops import OPS, OpSpec, promote_args, result_type
+from .printer import canonical, digest, format_expr, format_program
+from .program import (
+    BUILTIN_SIZES,
+    KEY_ADDRESS,
+    QUERY_ADDRESS,
+    SOFTMAX,
+    Address,
+    Attend,
+    Branch,
+    Dot,
+    Normalizer,
+    Operand,
+    Output,
+    Program,
+    ScalarParam,
+    Stage,
+    Stat,
+    TensorParam,
+    simple,
+)
+from .reference import dense_mask, dense_scores, reference_attention
+from .types import BOOL, FLOAT, INT, Type, join
+from .verify import InvalidProgram, verify
+
+__all__ = [
+    "AXES",
+    "BOOL",
+    "BUILTIN_SIZES",
+    "FLOAT",
+    "INT",
+    "KEY_ADDRESS",
+    "OPS",
+    "QUERY_ADDRESS",
+    "SOFTMAX",
+    "Address",
+    "Attend",
+    "Branch",
+    "Const",
+    "Dot",
+    "Environment",
+    "Expr",
+    "Index",
+    "Input",
+    "InvalidProgram",
+    "Load",
+    "Normalizer",
+    "Op",
+    "OpSpec",
+    "Operand",
+    "Output",
+    "Param",
+    "Program",
+    "Scalar",
+    "ScalarParam",
+    "Size",
+    "Stage",
+    "Stat",
+    "TensorParam",
+    "Type",
+    "build",
+    "canonical",
+    "dense_mask",
+    "dense_scores",
+    "digest",
+    "evaluate",
+    "format_expr",
+    "format_program",
+    "join",
+    "postorder",
+    "promote_args",
+    "reference_attention",
+    "result_type",
+    "rewrite",
+    "simple",
+    "substitute",
+    "verify",
+]
