@@ -1,6 +1,7 @@
 """Intermediate representation: expressions, programs and their reference semantics. Imports nothing of ours."""
 
 from . import build
+from .errors import AttnlangError, ProgramError, UsageError
 from .evaluate import Environment, evaluate
 from .nodes import AXES, Const, Expr, Index, Input, Load, Op, Param, Scalar, Size, postorder, rewrite, substitute
 from .ops import OPS, OpSpec, promote_args, result_type
@@ -40,6 +41,7 @@ __all__ = [
     "SOFTMAX",
     "Address",
     "Attend",
+    "AttnlangError",
     "Branch",
     "Const",
     "Dot",
@@ -56,6 +58,7 @@ __all__ = [
     "Output",
     "Param",
     "Program",
+    "ProgramError",
     "Scalar",
     "ScalarParam",
     "Size",
@@ -63,6 +66,7 @@ __all__ = [
     "Stat",
     "TensorParam",
     "Type",
+    "UsageError",
     "build",
     "canonical",
     "dense_mask",

@@ -127,8 +127,8 @@ class Stat:
 class Normalizer:
     """Turns modified scores into weights ``basis(s, running statistics) * coef(final statistics)``.
 
-    ``basis`` is what the streaming loop accumulates, ``coef`` what the epilogue multiplies with. ``empty_row`` says what
-    a row without visible keys gives (``zero``; ``pass_through`` and ``unmask`` are reserved).
+    ``basis`` is what the streaming loop accumulates, ``coef`` what the epilogue multiplies with. ``empty_row`` says
+    what a row without visible keys gives (``zero``; ``pass_through`` and ``unmask`` are reserved).
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .errors import ProgramError
 from .nodes import AXES, Expr, Index, Input, Load, Op, Param, Size, postorder
 from .ops import OPS, result_type
 from .program import BUILTIN_SIZES, DEFAULT_OUTPUTS, NAME, SOFTMAX, Program
@@ -14,7 +15,7 @@ __all__ = ["InvalidProgram", "verify"]
 MAX_NODES = 20_000
 
 
-class InvalidProgram(ValueError):
+class InvalidProgram(ProgramError):
     """A program breaks a rule of the IR; the message lists every broken rule."""
 
 
