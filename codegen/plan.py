@@ -1,0 +1,272 @@
+"""The kernel plan: everything about a kernel that does not depend on the target.
+
+An Attend stage becomes statements in single assignment form, each at the outermost level where it can be computed, in
+two sections: what a FULL tile needs (the score) and what a PARTIAL tile needs (score and mask). Emitters print a plan;
+they decide tiles, registers and instructions, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from attnlang.passes.intervals import value_range
+
+from attnlang.ir import (
+    Const,
+    Expr,
+    Index,
+    Input,
+    Load,
+    Op,
+    Param,
+    Program,
+    Size,
+    Type,
+    canonical,
+    format_expr,
+    postorder,
+)
+from attnlang.ir.build import TRUE
+from attnlang.ir.build import s as RAW_SCORE
+from attnlang.passes.levels import Level, levels
+from attnlang.passes.simplify import map_program, simplify
+from attnlang.passes.widths import Width, assumptions, widths
+
+__all__ = ["KernelPlan", "Section", "TensorArg", "Value", "make_plan"]
+
+MAX_INLINE_DEPTH = 6
+"""Nested operators printed as one expression before a statement of their own is made."""
+
+
+@dataclass(frozen=True)
+class TensorArg:
+    """A captured tensor as the kernel sees it: a pointer, one stride and one extent per dimension."""
+
+    name: str
+    type: Type
+    dtype: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """One statement ``name = expr``; inside ``expr`` printing stops at nodes that are values themselves."""
+
+    name: str
+    expr: Expr
+    level: Level
+
+    @property
+    def comment(self) -> str:
+        """The source expression, for a comment in the generated kernel."""
+        text = format_expr(self.expr)
+        return text if len(text) <= 90 else text[:87] + "..."
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one kind of tile computes: per-key statements, then per-pair statements."""
+
+    col: tuple[Value, ...]
+    pair: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One pass over the pairs of an Attend stage, target-free.
+
+    ``outer`` and ``loop`` name the axes of the parallel and the sequential loop. ``grid`` values are computed once per
+    (b, h), ``row`` values once per query; ``full`` and ``partial`` inside the key loop. ``score`` is None where the score
+    is the raw score, ``mask`` None where every pair is visible. ``sizes`` lists the sizes expressions read, in argument
+    order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head.
+    """
+
+    program: Program
+    dtype: str
+    head_dim: int
+    value_dim: int
+    tensors: tuple[TensorArg, ...]
+    scalars: tuple[Param, ...]
+    sizes: tuple[str, ...]
+    grid: tuple[Value, ...]
+    row: tuple[Value, ...]
+    full: Section
+    partial: Section
+    score: Expr | None
+    mask: Expr | None
+    key_batch: Expr
+    key_head: Expr
+    wide: bool = False
+    outer: str = "q"
+    loop: str = "k"
+    names: Mapping[Expr, str] = field(default_factory=dict, compare=False, repr=False)
+    node_levels: Mapping[Expr, Level] = field(default_factory=dict, compare=False, repr=False)
+    node_widths: Mapping[Expr, Width] = field(default_factory=dict, compare=False, repr=False)
+    bounds: Mapping[Expr, tuple[int | None, int | None]] = field(default_factory=dict, compare=False, repr=False)
+
+    def level(self, node: Expr) -> Level:
+        return self.node_levels[node]
+
+    def width(self, node: Expr) -> Width:
+        return self.node_widths[node]
+
+    def never_negative(self, node: Expr) -> bool:
+        """Whether the int ``node`` is proved to be at least 0."""
+        low = value_range(node, self.bounds).lo
+        return low is not None and low >= 0
+
+    def never_zero(self, node: Expr) -> bool:
+        """Whether the int ``node`` is proved to be non-zero."""
+        span = value_range(node, self.bounds)
+        return (span.lo is not None and span.lo > 0) or (span.hi is not None and span.hi < 0)
+
+    def load_guards(self, load: Load) -> tuple[tuple[bool, bool], ...]:
+        """For each index of ``load``, whether it needs a clamp from below and from above.
+
+        The kernel hands hooks row and key indices that are already inside Lq and Lk, also in tail tiles.
+        """
+        shape = self.program.tensor(load.tensor).shape
+        return tuple(
+            (not self.never_negative(index), not self._below(index, dim))
+            for index, dim in zip(load.indices, shape, strict=True)
+        )
+
+    def _below(self, index: Expr, dim: Expr) -> bool:
+        if isinstance(index, Index) and isinstance(dim, Size):
+            return (index.axis, dim.name) in {("b", "B"), ("h", "H"), ("q", "Lq"), ("k", "Lk")}
+        if isinstance(index, Op) and index.op == "mod" and index.args[1] is dim:
+            return self.never_negative(index.args[0])
+        if isinstance(dim, Const):
+            high = value_range(index, self.bounds).hi
+            return high is not None and high < int(dim.value)
+        return False
+
+    @property
+    def digest(self) -> str:
+        """Stable hash of everything the plan says, for cache keys."""
+        dtypes = ",".join(f"{t.name}:{t.dtype}:{t.rank}" for t in self.tensors)
+        text = f"{canonical(self.program)}|{self.dtype}|{self.head_dim}|{self.value_dim}|{dtypes}|{self.wide}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_leaf(node: Expr) -> bool:
+    return isinstance(node, (Const, Index, Size, Param, Input))
+
+
+class _Namer:
+    """Readable, unique, deterministic names for values."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._used: set[str] = set(taken)
+
+    def __call__(self, node: Expr, level: Level) -> str:
+        # operators are always numbered, so that templates can use names like row_max for themselves
+        if isinstance(node, Load):
+            stem, n = f"{node.tensor}_{level.value}", 2
+            name = stem
+        else:
+            assert isinstance(node, Op)
+            stem, n = f"{level.value}_{node.op}", 2
+            name = f"{stem}1"
+        while name in self._used:
+            name, n = f"{stem}{n}", n + 1
+        self._used.add(name)
+        return name
+
+
+def _users(roots: Iterable[Expr]) -> tuple[Counter[Expr], dict[Expr, list[Expr]]]:
+    count: Counter[Expr] = Counter()
+    users: dict[Expr, list[Expr]] = {}
+    for node in postorder(*roots):
+        for arg in node.args:
+            count[arg] += 1
+            users.setdefault(arg, []).append(node)
+    return count, users
+
+
+def _named_nodes(roots: tuple[Expr, ...], level_of: Mapping[Expr, Level]) -> Iterator[Expr]:
+    """Nodes that become statements: loads, shared nodes, nodes used at a deeper level than their own, deep nests."""
+    count, users = _users(roots)
+    depth: dict[Expr, int] = {}
+    for node in postorder(*roots):
+        depth[node] = 1 + max((depth[a] for a in node.args), default=-1)
+        if _is_leaf(node):
+            continue
+        shared = count[node] > 1
+        crosses = any(level_of[u] is not level_of[node] for u in users.get(node, []))
+        is_root = node in roots
+        hoisted_root = is_root and level_of[node] is not Level.PAIR
+        if shared or crosses or isinstance(node, Load) or hoisted_root or depth[node] >= MAX_INLINE_DEPTH:
+            depth[node] = 0
+            yield node
+
+
+def make_plan(
+    program: Program,
+    *,
+    dtype: str,
+    head_dim: int,
+    value_dim: int,
+    storage: Mapping[str, str],
+    wide: bool = False,
+) -> KernelPlan:
+    """Plan the forward pass of a specialised program with one Attend stage.
+
+    ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
+    ``wide`` allows lengths and int parameters of 2**30 and above at some cost.
+    """
+    program = map_program(program, simplify)
+    (term,) = program.attend.terms
+    score, mask = program.score, program.mask
+    addresses = (term.right.address.batch, simplify(term.right.address.head))
+    roots = (score, mask, *addresses)
+    level_of = levels(*roots)
+    bounds = assumptions(roots, storage, wide=wide)
+    width_of = widths(roots, bounds)
+
+    used = [t for t in program.tensors if any(isinstance(n, Load) and n.tensor == t.name for n in postorder(*roots))]
+    tensors = tuple(TensorArg(t.name, t.type, storage[t.name], len(t.shape)) for t in used)
+    hooks = (score, mask)
+    scalars = tuple(
+        Param(p.name, p.type)
+        for p in program.scalars
+        if any(isinstance(n, Param) and n.name == p.name for n in postorder(*hooks))
+    )
+    sizes = tuple(dict.fromkeys(n.name for n in postorder(*roots) if isinstance(n, Size)))
+
+    namer = _Namer([t.name for t in tensors] + [p.name for p in scalars] + list(sizes))
+    names = {node: namer(node, level_of[node]) for node in _named_nodes(hooks, level_of)}
+    needed_by_score = set(postorder(score))
+
+    def values(level: Level, *, score_only: bool = False) -> tuple[Value, ...]:
+        return tuple(
+            Value(name, node, level)
+            for node, name in names.items()
+            if level_of[node] is level and (not score_only or node in needed_by_score)
+        )
+
+    return KernelPlan(
+        program=program,
+        dtype=dtype,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        tensors=tensors,
+        scalars=scalars,
+        sizes=sizes,
+        grid=values(Level.GRID),
+        row=values(Level.ROW),
+        full=Section(values(Level.COL, score_only=True), values(Level.PAIR, score_only=True)),
+        partial=Section(values(Level.COL), values(Level.PAIR)),
+        score=None if score is RAW_SCORE else score,
+        mask=None if mask is TRUE else mask,
+        key_batch=addresses[0],
+        key_head=addresses[1],
+        wide=wide,
+        names=names,
+        node_levels=level_of,
+        node_widths=width_of,
+        bounds=bounds,
+    )

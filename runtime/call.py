@@ -1,0 +1,38 @@
+"""One checked call of a program: what a backend gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from attnlang.ir import Program, Scalar
+from attnlang.sparsity import RunMap
+
+__all__ = ["Call"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A specialised program with arguments that have been checked against it.
+
+    Shapes: q [B, H, Lq, D], k [Bkv, Hkv, Lk, D], v [Bkv, Hkv, Lk, Dv], any strides, one dtype and device. ``sizes`` binds
+    every size the program reads, ``params`` every scalar parameter, ``tensors`` every captured tensor (on the device of
+    q). ``runs(tile)`` returns the run map at a (query, key) tile; it is computed once per tile and cached by the caller.
+    """
+
+    program: Program
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sizes: Mapping[str, int]
+    params: Mapping[str, Scalar]
+    tensors: Mapping[str, torch.Tensor]
+    scale: float
+    runs: Callable[[tuple[int, int]], RunMap]
+
+    @property
+    def storage(self) -> dict[str, str]:
+        """dtype name of every captured tensor, as plans want it."""
+        return {name: str(t.dtype).removeprefix("torch.") for name, t in self.tensors.items()}
