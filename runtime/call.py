@@ -17,9 +17,10 @@ __all__ = ["Call"]
 class Call:
     """A specialised program with arguments that have been checked against it.
 
-    Shapes: q [B, H, Lq, D], k [Bkv, Hkv, Lk, D], v [Bkv, Hkv, Lk, Dv], any strides, one dtype and device. ``sizes`` binds
-    every size the program reads, ``params`` every scalar parameter, ``tensors`` every captured tensor (on the device of
-    q). ``runs(tile)`` returns the run map at a (query, key) tile; it is computed once per tile and cached by the caller.
+    Shapes: q [B, H, Lq, D], k [Bkv, Hkv, Lk, D], v [Bkv, Hkv, Lk, Dv], any strides, one dtype and device. ``sizes``
+    binds every size the program reads, ``params`` every scalar parameter, ``tensors`` every captured tensor (on the
+    device of q). ``runs(tile)`` returns the run map at a (query, key) tile; it is computed once per tile and cached by
+    the caller.
     """
 
     program: Program
