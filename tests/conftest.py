@@ -1,0 +1,29 @@
+"""Shared pytest set-up: hypothesis profiles and a private kernel cache per test session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep compiled kernels of a test run out of the user's cache (one folder a worker)."""
+    root = tmp_path_factory.mktemp("kernel-cache")
+    os.environ.setdefault("ATTNLANG_CACHE_DIR", str(root))
+    yield root
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
