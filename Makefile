@@ -1,0 +1,76 @@
+# make setup     create .venv with pinned versions (does nothing when it is up to date)
+# make demo      compile a program of your own kind, run it, check it, time it, draw it
+# make test      every test;   make test-triton: the Triton tests under Triton 3.6 and under the newest release
+# make lint      style, formatting, types
+# make bench     all benchmarks; results go to benchmarks/results/
+# make clean     remove what was built (environments stay; `make distclean` removes them too)
+
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+TRITON ?= 3.9.0
+PYTEST_FLAGS ?=
+
+VENV36  := .venv-triton36
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.attnlang-setup
+STAMP36 := $(VENV36)/.attnlang-setup
+PIP     := -m pip --disable-pip-version-check install --quiet
+
+.PHONY: setup demo test test-triton lint format bench fuzz clean distclean help
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(STAMP)
+
+# A CUDA build of torch asks for one exact triton; then the first command cannot be satisfied and the second takes it.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing attnlang and its tools into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]' 'triton==$(TRITON)' \
+	    || $(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(STAMP36): pyproject.toml constraints.txt
+	@test -x $(VENV36)/bin/python || { echo "creating $(VENV36)"; $(PYTHON) -m venv $(VENV36); }
+	@grep -v '^numpy==' constraints.txt > $(VENV36)/constraints.txt
+	@$(VENV36)/bin/python $(PIP) -c $(VENV36)/constraints.txt -e '.[dev]' 'triton==3.6.0' 'numpy<2.4'
+	@touch $@
+
+demo: setup
+	@$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+test-triton: setup $(STAMP36)
+	$(BIN)/python -m pytest -W error::DeprecationWarning tests/triton
+	$(VENV36)/bin/python -m pytest -W error::DeprecationWarning tests/triton
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/cpu_forward.py
+	$(BIN)/python benchmarks/first_call.py
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/report.py
+
+# The soundness property tests with a hundred times the examples of a test run.
+fuzz: setup
+	ATTNLANG_FUZZ=100 $(BIN)/python -m pytest -n $(JOBS) tests/sparsity
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(VENV36)
