@@ -79,9 +79,9 @@ class KernelPlan:
     """One pass over the pairs of an Attend stage, target-free.
 
     ``outer`` and ``loop`` name the axes of the parallel and the sequential loop. ``grid`` values are computed once per
-    (b, h), ``row`` values once per query; ``full`` and ``partial`` inside the key loop. ``score`` is None where the score
-    is the raw score, ``mask`` None where every pair is visible. ``sizes`` lists the sizes expressions read, in argument
-    order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head.
+    (b, h), ``row`` values once per query; ``full`` and ``partial`` inside the key loop. ``score`` is None where the
+    score is the raw score, ``mask`` None where every pair is visible. ``sizes`` lists the sizes expressions read, in
+    argument order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head.
     """
 
     program: Program
