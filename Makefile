@@ -24,6 +24,7 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 setup: $(STAMP)
+	@:
 
 # A CUDA build of torch asks for one exact triton; then the first command cannot be satisfied and the second takes it.
 $(STAMP): pyproject.toml constraints.txt
