@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from attnlang.passes.intervals import value_range
-
 from attnlang.ir import (
+    FLOAT,
     Const,
     Expr,
     Index,
@@ -31,6 +30,8 @@ from attnlang.ir import (
 )
 from attnlang.ir.build import TRUE
 from attnlang.ir.build import s as RAW_SCORE
+from attnlang.passes.derivatives import derivatives
+from attnlang.passes.intervals import value_range
 from attnlang.passes.levels import Level, levels
 from attnlang.passes.simplify import map_program, simplify
 from attnlang.passes.widths import Width, assumptions, widths
@@ -68,10 +69,29 @@ class Value:
 
 @dataclass(frozen=True)
 class Section:
-    """What one kind of tile computes: per-key statements, then per-pair statements."""
+    """What one kind of tile computes: per-query, per-key and per-pair statements.
+
+    A pass with queries outside hoists the row statements of the PARTIAL section (they include those of the FULL one)
+    out of the key loop; a pass with keys outside hoists the column statements instead.
+    """
 
     col: tuple[Value, ...]
     pair: tuple[Value, ...]
+    row: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True)
+class CapturedGrad:
+    """How one load of a captured tensor takes part in the backward pass.
+
+    The gradient of the tensor is the sum over visible pairs of ``ds' * derivative`` at ``load``'s index, where ds' is
+    the gradient of the modified score. ``level`` is the level of the index: a ROW load is summed over keys in registers
+    and written once a query, a COL load once a key, a GRID load once a (b, h); only a PAIR load needs a scatter.
+    """
+
+    load: Load
+    derivative: Expr
+    level: Level
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,9 @@ class KernelPlan:
     (b, h), ``row`` values once per query; ``full`` and ``partial`` inside the key loop. ``score`` is None where the
     score is the raw score, ``mask`` None where every pair is visible. ``sizes`` lists the sizes expressions read, in
     argument order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head.
+
+    A backward plan also has ``dscore``, the derivative of the modified score with respect to the raw one (None where it
+    is 1), and ``grads``, one entry for each load of a captured tensor that needs a gradient.
     """
 
     program: Program
@@ -99,6 +122,9 @@ class KernelPlan:
     mask: Expr | None
     key_batch: Expr
     key_head: Expr
+    dscore: Expr | None = None
+    grads: tuple[CapturedGrad, ...] = ()
+    direction: str = "forward"
     wide: bool = False
     outer: str = "q"
     loop: str = "k"
@@ -148,7 +174,9 @@ class KernelPlan:
     def digest(self) -> str:
         """Stable hash of everything the plan says, for cache keys."""
         dtypes = ",".join(f"{t.name}:{t.dtype}:{t.rank}" for t in self.tensors)
-        text = f"{canonical(self.program)}|{self.dtype}|{self.head_dim}|{self.value_dim}|{dtypes}|{self.wide}"
+        wanted = ",".join(format_expr(g.load) for g in self.grads)
+        kind = f"{self.direction}:{wanted}|{self.dtype}|{self.head_dim}|{self.value_dim}|{dtypes}|{self.wide}"
+        text = f"{canonical(self.program)}|{kind}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -204,6 +232,17 @@ def _named_nodes(roots: tuple[Expr, ...], level_of: Mapping[Expr, Level]) -> Ite
             yield node
 
 
+def _find(kind: type, *roots: Expr) -> list[Expr]:
+    return [n for n in postorder(*roots) if isinstance(n, kind)]
+
+
+def _captured_grads(program: Program, wanted: Iterable[str]) -> tuple[CapturedGrad, ...]:
+    loads = [n for n in _find(Load, program.score) if isinstance(n, Load) and n.tensor in set(wanted)]
+    partials = derivatives(program.score, loads)
+    level_of = levels(*loads)
+    return tuple(CapturedGrad(n, partials[n], level_of[n]) for n in loads)
+
+
 def make_plan(
     program: Program,
     *,
@@ -212,34 +251,38 @@ def make_plan(
     value_dim: int,
     storage: Mapping[str, str],
     wide: bool = False,
+    backward: bool = False,
+    captured_grads: Iterable[str] = (),
 ) -> KernelPlan:
-    """Plan the forward pass of a specialised program with one Attend stage.
+    """Plan the forward (or backward) pass of a specialised program with one Attend stage.
 
     ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
-    ``wide`` allows lengths and int parameters of 2**30 and above at some cost.
+    ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
+    float tensors a backward pass must give gradients for.
     """
     program = map_program(program, simplify)
     (term,) = program.attend.terms
     score, mask = program.score, program.mask
     addresses = (term.right.address.batch, simplify(term.right.address.head))
-    roots = (score, mask, *addresses)
+    dscore = derivatives(score, (RAW_SCORE,))[RAW_SCORE] if backward else None
+    grads = _captured_grads(program, captured_grads) if backward else ()
+    score_roots = (score, *((dscore,) if dscore is not None else ()), *(g.derivative for g in grads))
+    # the indices of a scattered gradient are needed as values, like any other pair expression
+    score_roots += tuple(i for g in grads if g.level is Level.PAIR for i in g.load.indices)
+    hooks = (*score_roots, mask)
+    roots = (*hooks, *addresses)
     level_of = levels(*roots)
     bounds = assumptions(roots, storage, wide=wide)
-    width_of = widths(roots, bounds)
 
-    used = [t for t in program.tensors if any(isinstance(n, Load) and n.tensor == t.name for n in postorder(*roots))]
-    tensors = tuple(TensorArg(t.name, t.type, storage[t.name], len(t.shape)) for t in used)
-    hooks = (score, mask)
-    scalars = tuple(
-        Param(p.name, p.type)
-        for p in program.scalars
-        if any(isinstance(n, Param) and n.name == p.name for n in postorder(*hooks))
-    )
-    sizes = tuple(dict.fromkeys(n.name for n in postorder(*roots) if isinstance(n, Size)))
+    used = {n.tensor for n in _find(Load, *roots) if isinstance(n, Load)}
+    read = {n.name for n in _find(Param, *hooks) if isinstance(n, Param)}
+    tensors = tuple(TensorArg(t.name, t.type, storage[t.name], len(t.shape)) for t in program.tensors if t.name in used)
+    scalars = tuple(Param(p.name, p.type) for p in program.scalars if p.name in read)
+    sizes = tuple(dict.fromkeys(n.name for n in _find(Size, *roots) if isinstance(n, Size)))
 
     namer = _Namer([t.name for t in tensors] + [p.name for p in scalars] + list(sizes))
     names = {node: namer(node, level_of[node]) for node in _named_nodes(hooks, level_of)}
-    needed_by_score = set(postorder(score))
+    needed_by_score = set(postorder(*score_roots))
 
     def values(level: Level, *, score_only: bool = False) -> tuple[Value, ...]:
         return tuple(
@@ -247,6 +290,10 @@ def make_plan(
             for node, name in names.items()
             if level_of[node] is level and (not score_only or node in needed_by_score)
         )
+
+    def section(score_only: bool) -> Section:
+        col, pair, row = (values(x, score_only=score_only) for x in (Level.COL, Level.PAIR, Level.ROW))
+        return Section(col, pair, row)
 
     return KernelPlan(
         program=program,
@@ -258,15 +305,18 @@ def make_plan(
         sizes=sizes,
         grid=values(Level.GRID),
         row=values(Level.ROW),
-        full=Section(values(Level.COL, score_only=True), values(Level.PAIR, score_only=True)),
-        partial=Section(values(Level.COL), values(Level.PAIR)),
+        full=section(True),
+        partial=section(False),
         score=None if score is RAW_SCORE else score,
         mask=None if mask is TRUE else mask,
         key_batch=addresses[0],
         key_head=addresses[1],
+        dscore=None if dscore is Const(1.0, FLOAT) else dscore,
+        grads=grads,
+        direction="backward" if backward else "forward",
         wide=wide,
         names=names,
         node_levels=level_of,
-        node_widths=width_of,
+        node_widths=widths(roots, bounds),
         bounds=bounds,
     )

@@ -20,7 +20,7 @@ class InvalidProgram(ProgramError):
 
 
 def _check_names(program: Program) -> Iterator[str]:
-    names = [p.name for p in (*program.scalars, *program.tensors)]
+    names = [p.name for p in program.scalars] + [t.name for t in program.tensors]
     for name in names:
         if not NAME.match(name):
             yield f"parameter name {name!r} is not an identifier"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from attnlang.ir import Const, Param, Program, Scalar, UsageError, substitute
+from attnlang.ir import Const, Expr, Param, Program, Scalar, UsageError, substitute
 
 from .simplify import map_program, simplify
 
@@ -32,7 +32,7 @@ def specialise(program: Program, values: Mapping[str, Scalar]) -> Program:
             if param.default is None:
                 raise UsageError(f"{program.name} needs a value for static parameter {param.name!r} when compiled")
             chosen[param.name] = param.default
-    nodes = {Param(n, known[n].type): Const(v, known[n].type) for n, v in chosen.items()}
+    nodes: dict[Expr, Expr] = {Param(n, known[n].type): Const(v, known[n].type) for n, v in chosen.items()}
     bound = map_program(program, lambda e: simplify(substitute(e, nodes)))
     tensors = tuple(replace(t, shape=tuple(simplify(substitute(d, nodes)) for d in t.shape)) for t in bound.tensors)
     grids = tuple((a, tuple((n, simplify(substitute(e, nodes))) for n, e in dims)) for a, dims in bound.grids)

@@ -105,3 +105,37 @@ def test_plans_are_deterministic():
         return plan_of(mask=all_of(op("eq", doc_at(q), doc_at(k)), op("le", k, q)), tensors=(DOC,))
 
     assert build() == build() and build().digest == build().digest
+
+
+def backward_of(score, grads, **kw):
+    program = simple("p", score=score, **kw)
+    storage = {"doc": "int64", "slope": "float32", "bias": "float32"}
+    return make_plan(
+        program, dtype="float32", head_dim=64, value_dim=64, storage=storage, backward=True, captured_grads=grads
+    )
+
+
+def test_backward_plans_say_where_gradients_are_summed():
+    slope, row, col = Load("slope", (h,), FLOAT), Load("bias", (q,), FLOAT), Load("bias", (k,), FLOAT)
+    diagonal = Load("bias", (op("sub", q, k),), FLOAT)
+    score = op("add", op("add", op("add", op("mul", s, slope), row), col), diagonal)
+    plan = backward_of(score, ("slope", "bias"), tensors=(SLOPE, TensorParam("bias", FLOAT, (Size("n"),))))
+    assert [(g.load, g.level) for g in plan.grads] == [
+        (slope, Level.GRID),
+        (row, Level.ROW),
+        (col, Level.COL),
+        (diagonal, Level.PAIR),
+    ]
+    assert plan.dscore is slope
+    assert plan.grads[0].derivative is s
+
+
+def test_backward_of_identity_has_unit_derivative():
+    plan = backward_of(s, ())
+    assert plan.dscore is None and plan.grads == () and plan.direction == "backward"
+
+
+def test_backward_shares_the_forward_values():
+    cap = op("tanh", op("div", s, 30.0))
+    plan = backward_of(op("mul", cap, 30.0), ())
+    assert cap in plan.names, "tanh is one statement, read by the score and by its derivative"
