@@ -1,0 +1,144 @@
+"""Compositions: `pattern name = causal & sliding_window(512) & softcap`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from attnlang.ir import Expr, build, substitute
+from attnlang.ir.build import op
+
+from . import syntax as ast
+from .apply import Substitution, bind_scalar, bind_tensor, check_shapes, match_arguments
+from .errors import AttnError
+from .lower import callee, lower
+from .parameters import Parameters, rename_open
+from .scope import Scope, Template
+
+__all__ = ["Composed", "compose"]
+
+Grids: TypeAlias = "dict[str, tuple[tuple[str, Expr], ...]]"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Hooks of a composition; ``scored`` names the first pattern in it that changes the score."""
+
+    mask: Expr
+    score: Expr
+    scored: str = ""
+
+
+Steps: TypeAlias = Generator["ast.Node", Composed, Composed]
+
+
+def compose(root: ast.Node, scope: Scope, params: Parameters) -> tuple[Composed, Grids]:
+    """Evaluate a composition; parameters it leaves open are added to ``params``.
+
+    Raises:
+        AttnError, Poisoned: as :func:`attnlang.grammar.lower.lower`.
+    """
+    composer = _Composer(scope, params)
+    stack = [composer.steps(root)]
+    value: Composed | None = None
+    while stack:
+        try:
+            child = stack[-1].send(value)  # type: ignore[arg-type]
+        except StopIteration as done:
+            stack.pop()
+            value = done.value
+            continue
+        scope.budget.charge(1, scope.source, child.span)
+        stack.append(composer.steps(child))
+        value = None
+    assert value is not None
+    return value, composer.grids
+
+
+class _Composer:
+    def __init__(self, scope: Scope, params: Parameters) -> None:
+        self.scope = scope
+        self.params = params
+        self.grids: Grids = {}
+
+    def steps(self, node: ast.Node) -> Steps:
+        if isinstance(node, ast.Binary) and node.op == "&":
+            left = yield node.left
+            right = yield node.right
+            return self._both(left, right, node)
+        if isinstance(node, ast.Binary) and node.op == "|":
+            left = yield node.left
+            self._need_mask(left, "|", node.left)
+            right = yield node.right
+            self._need_mask(right, "|", node.right)
+            return Composed(build.any_of(left.mask, right.mask), build.s)
+        if isinstance(node, ast.Unary) and node.op == "~":
+            inner = yield node.operand
+            self._need_mask(inner, "~", node.operand)
+            return Composed(op("not", inner.mask), build.s)
+        if isinstance(node, ast.Name | ast.Attribute):
+            node = ast.Call(node.span, node, ())
+        if isinstance(node, ast.Call):
+            return self._pattern(node)
+        raise self._not_a_composition(node)
+
+    def _not_a_composition(self, node: ast.Node) -> AttnError:
+        hint = "a composition joins patterns with `&`, `|` and `~`; other conditions go into a body: `mask = ...`"
+        if isinstance(node, ast.Binary | ast.Unary) and node.op in ("and", "or", "not"):
+            sign = {"and": "&", "or": "|", "not": "~"}[node.op]
+            hint = f"patterns are joined with `{sign}`"
+        return self.scope.error(node, "ATL210", "this is not a pattern or a composition of patterns", hint)
+
+    def _both(self, left: Composed, right: Composed, node: ast.Node) -> Composed:
+        """Masks are and-ed; the score of the left is the `s` of the right."""
+        score = right.score
+        if score is not build.s and left.score is not build.s:
+            size = self.scope.budget.count((score,), self.scope.source, node.span)
+            self.scope.budget.charge(size, self.scope.source, node.span)
+            score = substitute(score, {build.s: left.score})
+        elif score is build.s:
+            score = left.score
+        return Composed(build.all_of(left.mask, right.mask), score, left.scored or right.scored)
+
+    def _need_mask(self, part: Composed, sign: str, node: ast.Node) -> None:
+        if part.scored:
+            message = f"`{sign}` needs patterns that only mask, but `{part.scored}` changes the score"
+            raise self.scope.error(node, "ATL210", message, f"take `{part.scored}` out and join it with `&`")
+
+    def _pattern(self, call: ast.Call) -> Composed:
+        scope = self.scope
+        template = callee(call.callee, scope, [])
+        program = template.program
+        if program is None:
+            message = f"`{template.name}` is a helper, not a pattern"
+            raise scope.error(call, "ATL210", message, "use it inside a body: `mask = ...`")
+        into = self._bind(template, call)
+        scope.budget.charge(template.size, scope.source, call.span)
+        mask, score = into.apply(program.mask, program.score)
+        for axis, coordinates in program.grids:
+            extents = into.apply(*(extent for _, extent in coordinates))
+            names = [name for name, _ in coordinates]
+            self.grids.setdefault(axis, tuple(zip(names, extents, strict=True)))
+        return Composed(mask, score, "" if program.score is build.s else template.name)
+
+    def _bind(self, template: Template, call: ast.Call) -> Substitution:
+        scope = self.scope.restricted("an argument of a pattern")
+        given = match_arguments(template, call, scope)
+        into = Substitution()
+        for tensor in template.tensors:
+            if tensor.name in given:
+                bind_tensor(template, tensor, given[tensor.name], scope, into)
+        for scalar in template.scalars:
+            if scalar.name in given:
+                argument = given[scalar.name]
+                bind_scalar(template, scalar, argument, lower(argument.value, scope), scope, into)
+        for name in template.order:
+            if name not in given:
+                self._open(template, name, call, into)
+        check_shapes(template, given, scope, into)
+        return into
+
+    def _open(self, template: Template, name: str, call: ast.Call, into: Substitution) -> None:
+        params = {p.name: p for p in (*template.scalars, *template.tensors)}
+        self.params.inherit(template, rename_open(params[name], into), call)
