@@ -1,0 +1,173 @@
+"""Three-valued evaluation of a mask over many boxes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnlang.ir import BOOL, Expr, Program, Scalar
+from attnlang.passes.intervals import Array, Interval, Truth
+
+from .captured import Captured
+from .domain import apply
+from .terms import AXIS_BITS, Linear, Node, Terms
+
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Boxes", "Classifier", "classify_tile"]
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of pairs: inclusive ranges of q and k, one b and one h each; int64 arrays of one length."""
+
+    b: np.ndarray
+    h: np.ndarray
+    q: Interval
+    k: Interval
+
+    def __len__(self) -> int:
+        return len(self.q.lo)
+
+
+class Classifier:
+    """A mask at known sizes, parameters and captured tensors, ready to classify boxes.
+
+    ``tile`` is the smallest box it will be asked about; it only steers where refinement is worth while.
+    """
+
+    def __init__(
+        self,
+        mask: Expr,
+        sizes: Mapping[str, int],
+        params: Mapping[str, Scalar],
+        tensors: Mapping[str, Captured],
+        tile: tuple[int, int],
+    ) -> None:
+        extents = {"b": sizes.get("B", 1), "h": sizes.get("H", 1), "q": sizes["Lq"], "k": sizes["Lk"]}
+        self.terms = Terms(extents, sizes, params, tensors, tile)
+        self.root = self.terms.build(mask)
+        self.order = self._needed()
+
+    @property
+    def nodes(self) -> list[Node]:
+        return self.terms.nodes
+
+    @property
+    def reads(self) -> int:
+        """Axes that the mask depends on, as a sum of :data:`AXIS_BITS`."""
+        return self.nodes[self.root].reads
+
+    def reads_axis(self, axis: str) -> bool:
+        return bool(self.reads & AXIS_BITS[axis])
+
+    def _needed(self) -> list[int]:
+        """Nodes below the root, arguments first (ids grow from arguments to users)."""
+        needed, stack = set(), [self.root]
+        while stack:
+            ref = stack.pop()
+            if ref not in needed:
+                needed.add(ref)
+                for arg in self.nodes[ref].args:
+                    stack += [r for r, _ in arg.terms] if isinstance(arg, Linear) else [arg]
+        return sorted(needed)
+
+    def _form(self, form: Linear, values: Mapping[int, Any]) -> Interval:
+        lo: Any = form.const
+        hi: Any = form.const
+        first = True
+        for ref, c in form.terms:
+            v = values[ref]
+            low, high = (v.lo, v.hi) if c > 0 else (v.hi, v.lo)
+            if abs(c) != 1:
+                low, high = abs(c) * low, abs(c) * high
+            if first and form.const == 0 and c > 0:
+                lo, hi = low, high
+            else:
+                lo, hi = (lo + low, hi + high) if c > 0 else (lo - low, hi - high)
+            first = False
+        return Interval(lo, hi)
+
+    def values(self, boxes: Boxes) -> dict[int, Any]:
+        """Return the range of every node the mask needs, over each box."""
+        out: dict[int, Any] = {}
+        with np.errstate(all="ignore"):
+            for ref in self.order:
+                node = self.nodes[ref]
+                if node.op == "index":
+                    at = getattr(boxes, node.data)
+                    out[ref] = at if isinstance(at, Interval) else Interval(at, at)
+                    continue
+                if node.op == "const" and node.type is BOOL:
+                    out[ref] = node.range
+                    continue
+                args = [self._form(a, out) if isinstance(a, Linear) else out[a] for a in node.args]
+                if node.op == "load":
+                    out[ref] = self.terms.tensors[node.data].query(args, len(boxes))
+                else:
+                    out[ref] = apply(Array, node, args)
+        return out
+
+    def classify(self, boxes: Boxes) -> Truth:
+        """Return two bool arrays: whether a pair of the box may be visible, and whether one may be hidden."""
+        return self.decide(self.values(boxes), len(boxes))
+
+    def decide(self, values: Mapping[int, Any], count: int) -> Truth:
+        true, false = values[self.root]
+        return Truth(np.broadcast_to(true, (count,)), np.broadcast_to(false, (count,)))
+
+    def wishes(self, values: Mapping[int, Any], count: int) -> np.ndarray:
+        """Return for each undecided box the axes along which smaller boxes may be decided (4: q, 8: k)."""
+        out: dict[int, Any] = {}
+        for ref in self.order:
+            node = self.nodes[ref]
+            if node.type is not BOOL:
+                continue
+            parts = [a for a in node.args if not isinstance(a, Linear) and self.nodes[a].type is BOOL]
+            if not parts or node.op == "load":
+                out[ref] = node.varies
+            elif all(isinstance(out[p], int) for p in parts) and len({out[p] for p in parts}) == 1:
+                out[ref] = out[parts[0]]
+            else:
+                wish: Any = 0
+                for p in parts:
+                    wish = wish | np.where(values[p].true & values[p].false, out[p], 0)
+                out[ref] = wish
+        return np.broadcast_to(np.asarray(out[self.root], np.int64), (count,))
+
+
+def prepare(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, Captured]:
+    """Summaries of the captured tensors a program declares, as far as they are given."""
+    return {t.name: Captured(tensors[t.name], t.type) for t in program.tensors if t.name in tensors}
+
+
+def numbers(params: Mapping[str, Any], program: Program) -> dict[str, Scalar]:
+    """Parameter values as plain numbers, with the program's defaults."""
+    given = {p.name: p.default for p in program.scalars if p.default is not None}
+    given.update({n: v.item() if hasattr(v, "item") else v for n, v in params.items()})
+    return given
+
+
+def classify_tile(
+    program: Program,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    q: tuple[int, int],
+    k: tuple[int, int],
+    b: int = 0,
+    h: int = 0,
+) -> int:
+    """Classify the pairs with q in [q0, q1) and k in [k0, k1): EMPTY, PARTIAL or FULL. An empty box is EMPTY."""
+    q1, k1 = min(q[1], sizes["Lq"]), min(k[1], sizes["Lk"])
+    if q[0] >= q1 or k[0] >= k1:
+        return EMPTY
+    tile = (q1 - q[0], k1 - k[0])
+    classifier = Classifier(program.mask, sizes, numbers(params, program), prepare(program, tensors), tile)
+    one = [np.array([x], np.int64) for x in (b, h, q[0], q1 - 1, k[0], k1 - 1)]
+    true, false = classifier.classify(Boxes(one[0], one[1], Interval(one[2], one[3]), Interval(one[4], one[5])))
+    return PARTIAL if true[0] and false[0] else FULL if true[0] else EMPTY
