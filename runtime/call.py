@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from attnlang.ir import Program, Scalar
-from attnlang.sparsity import RunMap
+
+if TYPE_CHECKING:
+    from attnlang.sparsity import RunMap
 
 __all__ = ["Call"]
 

@@ -1,0 +1,214 @@
+"""The public functions: programs in, callables out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnlang.ir import Program, Scalar, UsageError, digest, format_program, reference_attention, verify
+from attnlang.passes.specialise import specialise
+from attnlang.runtime import dispatch
+from attnlang.runtime.bind import Binder, Bound
+from attnlang.runtime.call import Call
+from attnlang.runtime.runs import run_maps
+
+if TYPE_CHECKING:
+    from attnlang.sparsity import RunMap
+    from attnlang.tracing import Traced
+
+__all__ = ["Attention", "compile", "load", "parse", "program", "reference"]
+
+Tensor = torch.Tensor
+Mod = Callable[..., Any]
+
+
+def program(mask: Mod | None = None, score: Mod | None = None, *, name: str | None = None) -> Traced:
+    """Trace Python functions with FlexAttention's signatures into a program.
+
+    ``mask(b, h, q_idx, kv_idx)`` and ``score(score, b, h, q_idx, kv_idx)``; tensors they close over become captured
+    tensors and numbers become parameters of the program, with the traced values as defaults.
+
+    Raises:
+        ProgramError: a function does something that cannot be compiled; the message names the line.
+    """
+    from attnlang.tracing import trace
+
+    return trace(mask=mask, score=score, name=name)
+
+
+def parse(text: str, pattern: str | None = None) -> Program:
+    """Return the last pattern of ``.attn`` text, or the one named ``pattern``.
+
+    Raises:
+        ProgramError: with line, column and a suggestion.
+    """
+    from attnlang.grammar import parse as parse_text
+
+    return parse_text(text, pattern)
+
+
+def load(path: str | Path, pattern: str | None = None) -> Program:
+    """Return the last pattern of an ``.attn`` file, or the one named ``pattern``.
+
+    Raises:
+        ProgramError: the file cannot be read, or with line, column and a suggestion.
+    """
+    from attnlang.grammar import load as load_file
+
+    return load_file(path, pattern)
+
+
+def compile(program: Program | Traced, *, backend: str | None = None, **static: Scalar) -> Attention:
+    """Make a program callable.
+
+    ``backend`` is ``"cpp"``, ``"triton"`` or ``"eager"``; None chooses by the device of the tensors. ``static`` gives
+    values to parameters that are fixed from here on. Kernels are built when first called and then kept, in memory and
+    on disk.
+
+    Raises:
+        UsageError: unknown backend or parameter, or a static parameter without value.
+        ProgramError: the program is not valid.
+    """
+    return Attention(program, backend=backend, **static)
+
+
+class Attention:
+    """A compiled program: call it with q, k and v."""
+
+    def __init__(self, program: Program | Traced, *, backend: str | None = None, **static: Scalar) -> None:
+        self.backend = dispatch.check_backend(backend)
+        source, self._defaults = _unpack(program)
+        self.program = specialise(verify(source), _checked_static(source, static))
+        self._defaults = {n: v for n, v in self._defaults.items() if n not in static}
+        self._binder = Binder(self.program)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        return_lse: bool = False,
+        scale: float | None = None,
+        backend: str | None = None,
+        **captured: Any,
+    ) -> Any:
+        """Return attention of q [B, H, Lq, D] over k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv], as [B, H, Lq, Dv].
+
+        ``captured`` gives captured tensors and scalar parameters by name. With ``return_lse`` the result is (o, lse),
+        lse [B, H, Lq] the natural logarithm in float32. A row without visible keys gives 0 and -inf. Differentiable in
+        q, k, v and every float captured tensor.
+
+        Raises:
+            UsageError: an argument does not fit the program.
+            Unavailable: ``backend`` was named and cannot run here.
+        """
+        bound = self._binder.bind(q, k, v, captured, self._defaults, scale)
+        o, lse = dispatch.attend(self._call(bound), dispatch.check_backend(backend) or self.backend)
+        return (o, lse) if return_lse else o
+
+    def _call(self, bound: Bound) -> Call:
+        runs = run_maps.provider(self.program, bound.sizes, bound.params, bound.tensors)
+        return Call(
+            self.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale, runs
+        )
+
+    def run_map(
+        self,
+        B: int,
+        H: int,
+        Lq: int,
+        Lk: int,
+        *,
+        Hkv: int | None = None,
+        tile: tuple[int, int] = (128, 128),
+        **captured: Any,
+    ) -> RunMap:
+        """Return which tiles are empty, full and partial at these lengths.
+
+        Raises:
+            UsageError: a negative length, or a captured tensor or parameter that does not fit.
+        """
+        sizes = {"B": B, "H": H, "Hkv": H if Hkv is None else Hkv, "Lq": Lq, "Lk": Lk}
+        sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
+        return run_maps.provider(self.program, sizes, params, tensors)(tile)
+
+    def source(
+        self, target: str = "cpu", head_dim: int = 64, value_dim: int | None = None, dtype: str = "float32"
+    ) -> str:
+        """Return the generated kernel as readable source.
+
+        ``target``: ``"cpu"``, ``"cuda:80"``, ``"cuda:90"``, ``"cuda:100"`` or ``"hip:gfx942"``.
+
+        Raises:
+            UsageError: unknown target or dtype.
+        """
+        from attnlang.runtime.source import source
+
+        storage = {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
+        return source(self.program, target, head_dim, value_dim or head_dim, dtype, storage)
+
+    def explain(self, q_len: int, kv_len: int, *, B: int = 1, H: int = 1, **captured: Any) -> Any:
+        """Return a printable report: why tiles are empty, full or partial at these lengths.
+
+        Raises:
+            UsageError: a negative length, or a captured tensor or parameter that does not fit.
+        """
+        from attnlang.sparsity import explain
+
+        sizes = {"B": B, "H": H, "Hkv": H, "Lq": q_len, "Lk": kv_len}
+        sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
+        return explain(self.program, sizes, params, tensors)
+
+    def __repr__(self) -> str:
+        where = f", backend={self.backend!r}" if self.backend else ""
+        return f"Attention({digest(self.program)}{where})\n{format_program(self.program)}"
+
+
+def reference(
+    program: Program | Traced | Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    scale: float | None = None,
+    **captured: Any,
+) -> Any:
+    """Return what the program means, evaluated densely in float64: o [B, H, Lq, Dv] or (o, lse).
+
+    Memory is O(B H Lq Lk). Raises what a call of the compiled program raises.
+    """
+    attention = program if isinstance(program, Attention) else Attention(program)
+    bound = attention._binder.bind(q, k, v, captured, attention._defaults, scale)
+    o, lse = reference_attention(
+        attention.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale
+    )
+    return (o, lse) if return_lse else o
+
+
+def _unpack(program: Program | Traced) -> tuple[Program, Mapping[str, Any]]:
+    """Split what may be compiled into a program and the values it was traced with."""
+    if isinstance(program, Program):
+        return program, {}
+    inner = getattr(program, "program", None)
+    if not isinstance(inner, Program):
+        kind = type(program).__name__
+        hint = "; trace Python functions with attnlang.program(mask=..., score=...)" if callable(program) else ""
+        raise UsageError(f"expected a program, got {kind}{hint}")
+    return inner, {**program.tensors, **program.scalars}
+
+
+def _checked_static(program: Program, static: Mapping[str, Any]) -> dict[str, Scalar]:
+    from attnlang.runtime.bind import check_scalar, suggest
+
+    known = {p.name: p for p in program.scalars}
+    for name in static:
+        if name not in known:
+            if any(t.name == name for t in program.tensors):
+                raise UsageError(f"{name!r} is a captured tensor of {program.name}; pass it to the call")
+            raise UsageError(f"{program.name} has no parameter {name!r}{suggest(name, known)}")
+    return {name: check_scalar(program.name, known[name], value) for name, value in static.items()}

@@ -1,0 +1,83 @@
+"""Chooses the backend of a call: the named one, else the one of the device, else the eager executor."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from attnlang.ir import UsageError
+
+from . import autograd
+from .bind import suggest
+from .call import Call
+from .errors import Unavailable
+
+__all__ = ["BACKENDS", "attend", "check_backend"]
+
+Tensor = torch.Tensor
+Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
+
+BACKENDS = ("cpp", "triton", "eager")
+_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
+"""Backend of each device type (HIP tensors have type ``cuda``); every other device is served by eager."""
+
+
+def check_backend(name: str | None) -> str | None:
+    """Return ``name``.
+
+    Raises:
+        UsageError: not the name of a backend.
+    """
+    if name is not None and name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}{suggest(str(name), BACKENDS)}")
+    return name
+
+
+@functools.cache
+def _forward(backend: str) -> Forward:
+    try:
+        return importlib.import_module(f"attnlang.runtime.{backend}").forward
+    except ImportError as error:  # Triton is an optional dependency
+        raise Unavailable(f"{error.name or backend} is not installed") from error
+
+
+@functools.cache
+def _warn_once(backend: str, reason: str) -> None:
+    warnings.warn(
+        f"the {backend} backend cannot run this call: {reason}; using the slower eager backend instead",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+
+
+def _with_fallback(backend: str, call: Call) -> tuple[Tensor, Tensor]:
+    try:
+        return _forward(backend)(call)
+    except Unavailable as error:
+        _warn_once(backend, error.reason)
+    return _forward("eager")(call)
+
+
+def _choose(call: Call, backend: str | None) -> Forward:
+    if backend is not None:
+        return _forward(backend)
+    if call.q.dtype is torch.float64:
+        return _forward("eager")  # kernels compute in float32
+    return functools.partial(_with_fallback, _OF_DEVICE.get(call.q.device.type, "eager"))
+
+
+def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return o [B, H, Lq, Dv] and lse [B, H, Lq], recorded by autograd where it has to be.
+
+    Raises:
+        Unavailable: ``backend`` was named and cannot run this call.
+    """
+    forward = _choose(call, backend)
+    if autograd.wants_gradients(call):
+        return autograd.attend(call, forward)
+    return forward(call)

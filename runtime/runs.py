@@ -1,0 +1,154 @@
+"""Run maps of calls, remembered while nothing they depend on has changed.
+
+A run map is a function of the mask, the lengths, the parameters and the captured tensors the mask reads. Small tensors
+on the CPU are identified by their contents; others by the tensor object and its version counter, which every in-place
+operation moves. A tensor that has no version counter (made in inference mode, off the CPU) is never remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from attnlang.ir import Expr, Index, Load, Param, Program, Scalar, Size, postorder
+
+if TYPE_CHECKING:
+    from attnlang.sparsity import RunMap
+
+__all__ = ["RunMaps", "run_maps"]
+
+Tile: TypeAlias = tuple[int, int]
+Key: TypeAlias = tuple[Any, ...]
+
+CAPACITY = 64
+HASHED_BYTES = 4 << 20
+"""Largest tensor, in bytes, that is identified by its contents."""
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """What a mask depends on."""
+
+    axes: frozenset[str]
+    sizes: tuple[str, ...]
+    params: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+def _reads(mask: Expr) -> _Reads:
+    nodes = list(postorder(mask))
+    return _Reads(
+        frozenset(n.axis for n in nodes if isinstance(n, Index)),
+        tuple(dict.fromkeys(n.name for n in nodes if isinstance(n, Size))),
+        tuple(dict.fromkeys(n.name for n in nodes if isinstance(n, Param))),
+        tuple(dict.fromkeys(n.tensor for n in nodes if isinstance(n, Load))),
+    )
+
+
+def _fingerprint(t: torch.Tensor) -> tuple[Key, weakref.ref[torch.Tensor] | None] | None:
+    """Identify the contents of ``t``; the reference, if any, must stay alive for the key to mean anything."""
+    kind = (str(t.dtype), tuple(t.shape), str(t.device))
+    if t.device.type == "cpu" and t.numel() * t.element_size() <= HASHED_BYTES:
+        data = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return (*kind, hashlib.sha1(data.data, usedforsecurity=False).digest()), None
+    if t.is_inference():
+        return None
+    return (*kind, id(t), t.data_ptr(), t.stride(), t._version), weakref.ref(t)
+
+
+class RunMaps:
+    """A small, thread-safe cache of run maps; the least recently used one is dropped first."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._maps: OrderedDict[Key, tuple[RunMap, tuple[weakref.ref[torch.Tensor], ...]]] = OrderedDict()
+        self._known_reads: weakref.WeakKeyDictionary[Expr, _Reads] = weakref.WeakKeyDictionary()
+
+    def provider(
+        self,
+        program: Program,
+        sizes: Mapping[str, int],
+        params: Mapping[str, Scalar],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> Callable[[Tile], RunMap]:
+        """Return the function of a call that maps a (query, key) tile to its run map."""
+        base: list[tuple[Key, tuple[weakref.ref[torch.Tensor], ...]] | None] = []
+
+        def runs(tile: Tile) -> RunMap:
+            if not base:
+                base.append(self._key(program.mask, sizes, params, tensors))
+            return self._get(base[0], tile, lambda: _analyse(program, sizes, params, tensors, tile))
+
+        return runs
+
+    def clear(self) -> None:
+        with self._lock:
+            self._maps.clear()
+
+    def _key(
+        self,
+        mask: Expr,
+        sizes: Mapping[str, int],
+        params: Mapping[str, Scalar],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> tuple[Key, tuple[weakref.ref[torch.Tensor], ...]] | None:
+        reads = self._known_reads.get(mask)
+        if reads is None:
+            reads = self._known_reads[mask] = _reads(mask)
+        prints, alive = [], []
+        for name in reads.tensors:
+            found = _fingerprint(tensors[name])
+            if found is None:
+                return None
+            prints.append(found[0])
+            if found[1] is not None:
+                alive.append(found[1])
+        lengths = [sizes["Lq"], sizes["Lk"], *(sizes[n] for n in reads.sizes)]
+        lengths += [sizes[size] for axis, size in (("b", "B"), ("h", "H")) if axis in reads.axes]
+        return (mask, tuple(lengths), tuple(params[n] for n in reads.params), tuple(prints)), tuple(alive)
+
+    def _get(
+        self,
+        base: tuple[Key, tuple[weakref.ref[torch.Tensor], ...]] | None,
+        tile: Tile,
+        make: Callable[[], RunMap],
+    ) -> RunMap:
+        if base is None:
+            return make()
+        key = (*base[0], tile)
+        with self._lock:
+            if (hit := self._maps.get(key)) is not None:
+                if all(r() is not None for r in hit[1]):
+                    self._maps.move_to_end(key)
+                    return hit[0]
+                del self._maps[key]  # another tensor now has the identity of a dead one
+        made = make()
+        with self._lock:
+            self._maps[key] = made, base[1]
+            while len(self._maps) > self._capacity:
+                self._maps.popitem(last=False)
+        return made
+
+
+def _analyse(
+    program: Program,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Scalar],
+    tensors: Mapping[str, torch.Tensor],
+    tile: Tile,
+) -> RunMap:
+    from attnlang.sparsity import analyse
+
+    return analyse(program, sizes, params, tensors, tile=tile)
+
+
+run_maps = RunMaps()
+"""The run maps of this process."""
