@@ -1,0 +1,83 @@
+"""The argument record of a C++ kernel: one list of fields that the template declares and the runtime packs.
+
+Every field takes eight bytes, so the record has one layout everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnlang.ir import BOOL, FLOAT
+from attnlang.passes.widths import Width
+
+from .cpp_printer import ELEMENTS, SCALARS
+from .plan import KernelPlan
+
+__all__ = ["Arguments", "Field", "arguments"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member: ``source`` says where the value comes from, as a kind and what it is taken of."""
+
+    name: str
+    ctype: str
+    source: tuple[str, ...]
+
+    @property
+    def declaration(self) -> str:
+        space = "" if self.ctype.endswith("*") else " "
+        return f"{self.ctype}{space}{self.name}"
+
+    @property
+    def code(self) -> str:
+        """The format character of the field in :mod:`struct`."""
+        return "d" if self.ctype == "double" else "q"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The record, and the local names a kernel gives to the fields that expressions read."""
+
+    fields: tuple[Field, ...]
+    locals: tuple[str, ...]
+
+
+def _operand(name: str, const: str = "const void *") -> list[Field]:
+    strides = [Field(f"{name}_s{d}", "int64", ("stride", name, str(d))) for d in range(4)]
+    return [Field(name, const, ("pointer", name)), *strides]
+
+
+def arguments(plan: KernelPlan) -> Arguments:
+    """Return the argument record of ``plan``, in the order of the record."""
+    fields = [*_operand("q"), *_operand("k"), *_operand("v")]
+    fields += [Field("o", "void *", ("pointer", "o")), Field("lse", "float *", ("pointer", "lse"))]
+    names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.sizes))
+    fields += [Field(f"n_{name}", "int64", ("size", name)) for name in names]
+    fields += [Field("k_batches", "int64", ("extent", "k", "0")), Field("scale", "double", ("scale",))]
+    for run in ("full", "part"):
+        fields += [Field(f"{run}_{what}", "const int *", ("runs", f"{run}_{what}")) for what in ("ptr", "runs")]
+    fields.append(Field("order", "const int *", ("runs", "order")))
+    fields += [Field(name, "int64", ("runs", name)) for name in ("map_batch", "map_heads")]
+    local = [f"const {SCALARS[_width(plan, name)]} n_{name} = ({SCALARS[_width(plan, name)]})a.n_{name};" for name in plan.sizes]
+    for tensor in plan.tensors:
+        t, element = f"t_{tensor.name}", ELEMENTS[tensor.dtype]
+        fields.append(Field(t, "const void *", ("data", tensor.name)))
+        local.append(f"const {element} *{t} = (const {element} *)a.{t};")
+        for d in range(tensor.rank):
+            fields.append(Field(f"{t}_s{d}", "int64", ("step", tensor.name, str(d))))
+            fields.append(Field(f"{t}_n{d}", "int64", ("length", tensor.name, str(d))))
+            local += [f"const int64 {t}_s{d} = a.{t}_s{d}, {t}_n{d} = a.{t}_n{d};"]
+    for scalar in plan.scalars:
+        ctype = "double" if scalar.type is FLOAT else "int64"
+        fields.append(Field(f"p_{scalar.name}", ctype, ("param", scalar.name)))
+        width = plan.width(scalar)
+        cast = f"a.p_{scalar.name} != 0" if scalar.type is BOOL else f"({SCALARS[width]})a.p_{scalar.name}"
+        local.append(f"const {SCALARS[width]} p_{scalar.name} = {cast};")
+    return Arguments(tuple(fields), tuple(local))
+
+
+def _width(plan: KernelPlan, name: str) -> Width:
+    from attnlang.ir import Size
+
+    return plan.width(Size(name))

@@ -1,0 +1,69 @@
+"""Instruction sets as data: vector width, register blocks and compiler flags of the C++ target.
+
+A template never asks which instruction set it is printed for; everything it needs is a number of this record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["ISAS", "Isa", "best_isa", "few_rows"]
+
+
+@dataclass(frozen=True)
+class Isa:
+    """How a kernel uses a processor.
+
+    Queries lie on lanes. A register block is ``vectors`` vectors of queries by ``keys`` keys (or value dimensions): its
+    accumulators, one row of operands and one broadcast must fit the registers. A query block is ``blocks`` register
+    blocks, and is the query tile of the run map; ``tile`` is its key tile. ``chunk`` is the number of keys between two
+    updates of the running maximum. ``needs`` are the processor features (as Linux names them) the ``flags`` turn on.
+    """
+
+    name: str
+    lanes: int
+    vectors: int
+    blocks: int
+    keys: int
+    chunk: int
+    flags: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+    tile: int = 64
+
+    @property
+    def rows(self) -> int:
+        """Queries of a query block."""
+        return self.lanes * self.vectors * self.blocks
+
+
+def _flags(*features: str) -> tuple[str, ...]:
+    return tuple(f"-m{f}" for f in features)
+
+
+_AVX2 = ("avx2", "fma", "f16c", "bmi", "bmi2")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+
+def _needs(features: tuple[str, ...]) -> frozenset[str]:
+    return frozenset("bmi1" if f == "bmi" else f for f in features)
+
+
+ISAS: dict[str, Isa] = {
+    isa.name: isa
+    for isa in (
+        Isa("avx512", 16, 4, 1, 6, 72, (*_flags(*_AVX512), "-mprefer-vector-width=512"), _needs(_AVX512)),
+        Isa("avx2", 8, 2, 4, 6, 64, _flags(*_AVX2), _needs(_AVX2)),
+        Isa("generic", 4, 2, 8, 5, 64),
+    )
+}
+"""Known instruction sets, best first."""
+
+
+def few_rows(isa: Isa) -> Isa:
+    """The variant of ``isa`` for few queries: one vector of them, and more keys in a register block instead."""
+    return replace(isa, name=f"{isa.name}-rows{isa.lanes}", vectors=1, blocks=1, keys=2 * isa.keys)
+
+
+def best_isa(features: frozenset[str]) -> Isa:
+    """Return the best instruction set whose needs are among ``features``."""
+    return next(isa for isa in ISAS.values() if isa.needs <= features)
