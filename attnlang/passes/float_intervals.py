@@ -2,8 +2,8 @@
 
 The reference computes in float64, kernels in float32 with their own ``exp`` and ``log``. A :class:`FloatRange` contains
 every value any of them can get: results are widened outward by more than the rounding of float32, except where the
-values are integers small enough to be exact in it. A comparison decided on disjoint ranges is therefore decided the same
-way everywhere. ``nan`` says that the value may be NaN. The rules run on numpy float64 arrays and scalars alike.
+values are integers small enough to be exact in it. A comparison decided on disjoint ranges is therefore decided the
+same way everywhere. ``nan`` says that the value may be NaN. The rules run on numpy float64 arrays and scalars alike.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ FLOAT_RULES: dict[str, Callable[..., FloatRange]] = {
     "round": _exact_step(np.round),
     "trunc": _exact_step(np.trunc),
 }
-"""Operators that take floats to a float: ``rule(*arguments, integral)``; call them under ``np.errstate(all="ignore")``."""
+"""Operators that take floats to a float: ``rule(*arguments, integral)``, under ``np.errstate(all="ignore")``."""
 
 
 def _lt(a: FloatRange, b: FloatRange) -> Truth:

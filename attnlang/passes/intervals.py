@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from attnlang.ir import BOOL, INT, Const, Expr, Index, Load, Op, Size, postorder
+from attnlang.ir import BOOL, INT, Const, Expr, Index, Op, Size, postorder
 
 __all__ = ["COMPARISONS", "INF", "RULES", "TOP", "Array", "Carrier", "Interval", "Python", "Truth", "value_range"]
 
@@ -334,7 +334,7 @@ def _logic(name: str, args: list[Truth]) -> Truth:
     return MAYBE
 
 
-def _leaf(node: Expr) -> Interval | Truth:
+def _leaf(node: Expr) -> Any:
     match node:
         case Const(value=value) if node.type is INT:
             return Interval(int(value), int(value)) if abs(value) < INF else TOP
@@ -347,7 +347,7 @@ def _leaf(node: Expr) -> Interval | Truth:
     return MAYBE if node.type is BOOL else TOP
 
 
-def _apply(node: Op, args: list[Any]) -> Interval | Truth:
+def _apply(node: Op, args: list[Any]) -> Any:
     name, kind = node.op, node.args[0].type
     if name in COMPARISONS and kind is INT:
         return COMPARISONS[name](*args)
@@ -380,7 +380,7 @@ def value_range(expr: Expr, bounds: Mapping[Expr, tuple[int | None, int | None]]
     done: dict[Expr, Any] = {}
     for node in postorder(expr):
         args = [done[a] for a in node.args]
-        value = _apply(node, args) if isinstance(node, Op) and not isinstance(node, Load) else _leaf(node)
+        value = _apply(node, args) if isinstance(node, Op) else _leaf(node)
         if node in known and node.type is INT:
             lo, hi = known[node]
             lo, hi = (-INF if lo is None else lo), (INF if hi is None else hi)

@@ -35,8 +35,8 @@ def analyse(
 ) -> RunMap:
     """Prove for every tile that it is empty, that it is full, or leave it partial.
 
-    ``sizes`` needs Lq and Lk, B and H if the mask depends on them, and every symbolic size the mask reads. ``params`` are
-    numbers or 0-d tensors; defaults of the program apply. Time and memory follow the boundary of the mask and the
+    ``sizes`` needs Lq and Lk, B and H if the mask depends on them, and every symbolic size the mask reads. ``params``
+    are numbers or 0-d tensors; defaults of the program apply. Time and memory follow the boundary of the mask and the
     elements of the captured tensors, never Lq * Lk.
 
     Raises:

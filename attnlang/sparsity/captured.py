@@ -227,7 +227,7 @@ class Captured:
         return Truth(total > 0, total < volume)
 
     def _cell_query(self, side: str, ranges: Ranges) -> np.ndarray:
-        """Extremes over boxes of any rank from cells of 2^level elements a side; a box is rounded out to whole cells."""
+        """Extremes over boxes of any rank, rounded out to whole cells of 2^level elements a side."""
         fn = np.minimum if side == "low" else np.maximum
         levels = [np.log2(np.maximum(r.hi - r.lo + 1, 1)).astype(np.int64) for r in ranges]
         key = np.zeros_like(levels[0])

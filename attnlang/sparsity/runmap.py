@@ -92,9 +92,10 @@ class RunMap:
         return self.rows * self.nk - full - partial, partial, full
 
     def sparsity(self) -> float:
-        """Return the share of empty tiles in percent, as BlockMask.sparsity does."""
-        total = self.rows * self.nk
-        return 100.0 * self.counts()[0] / total if total else 0.0
+        """Return ``100 * (1 - pairs computed / pairs)``, the number BlockMask.sparsity gives: cut tiles count whole."""
+        pairs = self.batch * self.heads * self.sizes[0] * self.sizes[1]
+        _, partial, full = self.counts()
+        return 100.0 * (1 - (partial + full) * self.tile[0] * self.tile[1] / pairs) if pairs else 0.0
 
     def row_tiles(self) -> np.ndarray:
         """Return the number of tiles to compute in each row, int64 [rows]: the cost model of a schedule."""
@@ -103,7 +104,7 @@ class RunMap:
         return total[self.ptr[1:]] - total[self.ptr[:-1]]
 
     def rows_maybe_empty(self) -> np.ndarray:
-        """Return bool [rows]: rows of tiles in which some query may see no key (False: every query provably sees one)."""
+        """Return bool [rows]: rows of tiles in which some query may see no key (False: none does)."""
         has_full = np.zeros(self.rows, bool)
         has_full[self.row_of_run()[self.kind == FULL]] = True
         return ~has_full
@@ -185,7 +186,7 @@ class RunMap:
         if (nq, nk) != want:
             raise UsageError(f"lengths {sizes} in tiles of {tile} are {want[0]} x {want[1]} tiles, got {nq} x {nk}")
         flat = np.zeros((batch * heads * nq, nk + 2), np.int8)
-        flat[:, 1:-1] = kinds.reshape(-1, nk)
+        flat[:, 1:-1] = kinds.reshape(batch * heads * nq, nk)
         change = np.diff(flat, axis=1) != 0
         row, at = np.nonzero(change)  # every boundary; a run lies between two of them where the kind is not empty
         kind = flat[row, at + 1]
@@ -196,6 +197,38 @@ class RunMap:
             tile, sizes, batch, heads, ptr.astype(np.int64), start.astype(np.int32), end.astype(np.int32),
             kind[keep].astype(np.uint8),
         )  # fmt: skip
+
+    @staticmethod
+    def from_block_mask(
+        kv_num_blocks: torch.Tensor,
+        kv_indices: torch.Tensor,
+        full_kv_num_blocks: torch.Tensor | None,
+        full_kv_indices: torch.Tensor | None,
+        block_size: tuple[int, int],
+        sizes: tuple[int, int] | None = None,
+    ) -> RunMap:
+        """Build a map from FlexAttention's block lists (:func:`attnlang.sparsity.exchange.from_block_mask`)."""
+        from .exchange import from_block_mask
+
+        return from_block_mask(kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, block_size, sizes)
+
+    def to_block_mask_tensors(self) -> dict[str, torch.Tensor]:
+        """Return FlexAttention's eight index tensors, built now and cached."""
+        from .exchange import to_block_mask_tensors
+
+        if "block_mask" not in self._memo:
+            self._memo["block_mask"] = to_block_mask_tensors(self)
+        out: dict[str, torch.Tensor] = self._memo["block_mask"]
+        return out
+
+    def retile(self, tile: tuple[int, int]) -> RunMap:
+        """Return the facts of this map for tiles of another size, finer or coarser, cached."""
+        from .retile import retile
+
+        if ("tile", tile) not in self._memo:
+            self._memo["tile", tile] = retile(self, tile)
+        out: RunMap = self._memo["tile", tile]
+        return out
 
     def __repr__(self) -> str:
         empty, partial, full = self.counts()

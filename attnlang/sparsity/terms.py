@@ -1,7 +1,7 @@
 """Terms: the form of a mask in which tiles are classified.
 
 Sizes and parameters are known when a map is made, so an int expression becomes a :class:`Linear` form over *nodes* that
-are not linear (an index, a floor division, a load, ...). Uses of one index meet in one form and cancel (``q - k`` twice,
+are not linear (an index, a floor division, a load). Uses of one index meet in one form and cancel (``q - k`` twice or
 ``q - (q - 3)``), and a comparison becomes "form < 0" or "form = 0", decided on the difference. The builder also
 
 * turns ``abs``, ``min``, ``max`` and ``where`` under a comparison into and/or/ite of linear comparisons,
