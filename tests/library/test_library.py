@@ -1,0 +1,139 @@
+"""Every program of the library against its hand-written dense definition, in float64."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from library.cases import CASES, Instance
+
+from attnlang import ir, library
+
+SIZES = ("tiny", "medium")
+
+
+def program_of(instance: Instance) -> ir.Program:
+    program = getattr(library, instance.case.program)
+    assert isinstance(program, ir.Program)
+    return program
+
+
+def bind(program: ir.Program, instance: Instance) -> tuple[dict[str, int], dict[str, ir.Scalar]]:
+    """Return the sizes of a call, those of captured tensors included, and its scalar parameters with defaults."""
+    params = {p.name: p.default for p in program.scalars if p.default is not None} | dict(instance.params)
+    sizes = instance.shape.sizes()
+    for tensor in program.tensors:
+        have = instance.captured[tensor.name].shape
+        assert len(have) == len(tensor.shape)
+        for want, n in zip(tensor.shape, have, strict=True):
+            if isinstance(want, ir.Size):
+                assert sizes.setdefault(want.name, n) == n, f"{tensor.name}: {want} is {sizes[want.name]}, not {n}"
+    for tensor in program.tensors:
+        values = [int(ir.evaluate(d, ir.Environment(sizes=sizes, params=params))) for d in tensor.shape]
+        assert values == list(instance.captured[tensor.name].shape), tensor.name
+    return sizes, params
+
+
+def test_every_program_has_a_case() -> None:
+    assert {case.program for case in CASES.values()} == set(library.names())
+    assert len(library.names()) >= 40
+
+
+@pytest.mark.parametrize("name", library.names())
+def test_programs_are_documented_and_valid(name: str) -> None:
+    program = getattr(library, name)
+    assert program.name == name
+    assert ir.verify(program) is program
+    summary = program.doc.partition("\n\n")[0]
+    assert re.search(r"\b(19|20)\d\d\b", program.doc), "the docstring names no paper and year"
+    assert summary.rstrip().endswith(".") and len(summary) > 30
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_instances_fit_the_program(name: str, size: str) -> None:
+    instance = CASES[name].instance(size)
+    program = program_of(instance)
+    assert set(instance.captured) == {t.name for t in program.tensors}
+    assert set(instance.params) <= {p.name for p in program.scalars}
+    assert {p.name for p in program.scalars if p.default is None} <= set(instance.params)
+    kinds = {ir.FLOAT: torch.float32, ir.INT: torch.int32, ir.BOOL: torch.bool}
+    for tensor in program.tensors:
+        assert instance.captured[tensor.name].dtype is kinds[tensor.type], tensor.name
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_mask_is_the_dense_one(name: str, size: str) -> None:
+    instance = CASES[name].instance(size)
+    program = program_of(instance)
+    sizes, params = bind(program, instance)
+    ours = ir.dense_mask(program, sizes, params, instance.captured)
+    want = instance.dense_mask()
+    wrong = (ours != want).nonzero()
+    assert not len(wrong), f"{len(wrong)} pairs differ, the first at b, h, q, k = {wrong[0].tolist()}"
+    share = want.double().mean().item()
+    assert instance.case.mask is None or 0.0 < share < 1.0, "this case hides nothing or everything"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_the_dense_one(name: str, size: str) -> None:
+    instance = CASES[name].instance(size)
+    program = program_of(instance)
+    sizes, params = bind(program, instance)
+    q, k, v = instance.operands(d=8, dv=6)
+    out, lse = ir.reference_attention(program, q, k, v, sizes, params, instance.captured, 8**-0.5)
+    want_out, want_lse = instance.dense_attention(q, k, v)
+    torch.testing.assert_close(out, want_out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
+
+
+def test_sliding_windows_compose_and_nest() -> None:
+    """Gemma 2's local layers see ``window`` keys with the query's own; the generic window is one key wider."""
+    sizes = {"B": 1, "H": 1, "Hkv": 1, "Lq": 40, "Lk": 40}
+    gemma = ir.dense_mask(library.gemma2_local, sizes, {"window": 8, "cap": 50.0})
+    generic = ir.dense_mask(library.causal_sliding_window, sizes, {"window": 7})
+    assert torch.equal(gemma, generic)
+    assert gemma[0, 0, -1].sum() == 8
+
+
+def test_every_neighborhood_has_the_same_number_of_keys() -> None:
+    sizes = {"B": 1, "H": 1, "Hkv": 1, "Lq": 15 * 17, "Lk": 15 * 17}
+    mask = ir.dense_mask(library.neighborhood_2d, sizes, {"height": 15, "width": 17, "window": 7})
+    assert (mask.sum(-1) == 49).all()
+
+
+def test_names_and_dir_list_the_same_programs() -> None:
+    assert set(library.names()) <= set(dir(library))
+    assert list(library.names()) == sorted(library.names())
+    assert library.causal is library.causal
+
+
+def test_names_are_unique_over_files() -> None:
+    headers = [
+        name
+        for file in library.path("causal").parent.glob("*.attn")
+        for name in re.findall(r"^pattern\s+(\w+)", file.read_text(), re.MULTILINE)
+    ]
+    assert sorted(headers) == list(library.names())
+
+
+def test_unknown_program_suggests_near_names() -> None:
+    with pytest.raises(AttributeError, match=r"no program 'slidng_window'; did you mean sliding_window"):
+        _ = library.slidng_window
+    with pytest.raises(AttributeError, match=r"names\(\) lists all"):
+        _ = library.zzzzzz
+    assert not hasattr(library, "__wrapped__")
+
+
+def test_import_reads_nothing() -> None:
+    """Neither the import nor the list of names loads the language."""
+    code = (
+        "import sys, attnlang.library as library; library.names(); dir(library);"
+        "assert not [m for m in sys.modules if m.startswith(('lark', 'attnlang.grammar'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
