@@ -1,0 +1,288 @@
+"""Prints the expressions of a plan as Triton.
+
+Values are scalars at GRID level, ``[BLOCK_M]`` at ROW level, ``[BLOCK_N]`` at COL level and ``[BLOCK_M, BLOCK_N]`` at
+PAIR level. Triton's integer ``//`` and ``%`` truncate like C, so floor semantics come from a proof, a shift or a helper
+function (``templates/triton_helpers.j2``); the printer records which helpers it used.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+from collections.abc import Mapping
+
+from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param
+from attnlang.passes.levels import Level
+from attnlang.passes.widths import Width
+
+from .plan import KernelPlan
+from .printer import Printer
+from .triton_helpers import HELPERS
+
+__all__ = ["RESERVED", "TritonPrinter", "safe_name"]
+
+_TEMPLATE_NAMES = """
+acc attention_forward b bh d_idx d_mask decay dv_idx dv_mask first_tile float full_ptr full_runs h inside int k k_base
+k_distance k_idx k_local k_offsets k_ptr key_batch key_head key_pos launch lse lse_ptr map_batch map_heads map_row
+num_q_tiles num_stages num_warps o o_base o_offsets o_ptr part_ptr part_runs pid q q_base q_distance q_idx q_local
+q_offsets q_ptr query_inside range rate row_max row_sum run s scale scores softmax_step start start_q tile tile_q
+tile_step tiles tl torch triton v v_base v_offsets v_ptr visible
+"""
+RESERVED = frozenset(_TEMPLATE_NAMES.split()) | frozenset(HELPERS)
+"""Names the template uses; parameters and captured tensors of a program that share one get an underscore."""
+
+_INT_TYPES = {Width.I32: "tl.int32", Width.I64: "tl.int64"}
+_LOAD_TO = {Width.I32: "tl.int32", Width.I64: "tl.int64", Width.F32: "tl.float32"}
+_NATIVE = {"int32": Width.I32, "int64": Width.I64, "float32": Width.F32}
+
+
+def safe_name(name: str) -> str:
+    """Return ``name``, or ``name_`` where Python, Triton or the template has another use for it."""
+    taken = name in RESERVED or keyword.iskeyword(name) or keyword.issoftkeyword(name)
+    return f"{name}_" if taken or name.startswith("_") or name.endswith("_") else name
+
+
+class _Text(str):
+    """Text of an argument; the format spec ``p`` asks for parentheses unless it is a single term."""
+
+    def __format__(self, spec: str) -> str:
+        return str(self) if spec != "p" or _is_term(self) else f"({self})"
+
+
+def _is_term(text: str) -> bool:
+    depth = 0
+    for char in text:
+        depth += (char in "([") - (char in ")]")
+        if char == " " and depth == 0:
+            return False
+    return text[0] not in "-~"
+
+
+def _literal(value: float) -> str:
+    if math.isnan(value):
+        return 'float("nan")'
+    if math.isinf(value):
+        return 'float("inf")' if value > 0 else '-float("inf")'
+    return repr(value)
+
+
+class TritonPrinter(Printer):
+    """Prints one plan; ``helpers`` collects the names of helper functions the text calls."""
+
+    formats: Mapping[str, str] = {
+        "add": "{0:p} + {1:p}",
+        "sub": "{0:p} - {1:p}",
+        "mul": "{0:p} * {1:p}",
+        "div": "{0:p} / {1:p}",
+        "neg": "-{0:p}",
+        "abs": "tl.abs({0})",
+        "pow": "power({0}, {1})",
+        "bitand": "{0:p} & {1:p}",
+        "bitor": "{0:p} | {1:p}",
+        "bitxor": "{0:p} ^ {1:p}",
+        "bitnot": "~{0:p}",
+        "and": "{0:p} & {1:p}",
+        "or": "{0:p} | {1:p}",
+        "xor": "{0:p} ^ {1:p}",
+        "not": "~{0:p}",
+        "lt": "{0:p} < {1:p}",
+        "le": "{0:p} <= {1:p}",
+        "gt": "{0:p} > {1:p}",
+        "ge": "{0:p} >= {1:p}",
+        "eq": "{0:p} == {1:p}",
+        "ne": "{0:p} != {1:p}",
+        "where": "tl.where({0}, {1}, {2})",
+        "to_float": "{0:p}.to(tl.float32)",
+        "to_bool": "{0:p} != 0",
+        "exp": "tl.exp({0})",
+        "exp2": "tl.exp2({0})",
+        "expm1": "expm1({0})",
+        "log": "tl.log({0})",
+        "log2": "tl.log2({0})",
+        "log1p": "log1p({0})",
+        "sqrt": "tl.sqrt({0})",
+        "rsqrt": "tl.rsqrt({0})",
+        "sin": "tl.sin({0})",
+        "cos": "tl.cos({0})",
+        "tan": "tan({0})",
+        "atan": "atan({0})",
+        "tanh": "tanh({0})",
+        "sigmoid": "sigmoid({0})",
+        "erf": "tl.erf({0})",
+        "floor": "tl.floor({0})",
+        "ceil": "tl.ceil({0})",
+        "round": "round_half_even({0})",
+        "trunc": "truncate({0})",
+    }
+
+    def __init__(self, plan: KernelPlan) -> None:
+        super().__init__(plan)
+        self.helpers: set[str] = set()
+
+    def value_name(self, name: str) -> str:
+        return safe_name(name)
+
+    # operators
+
+    def operation(self, node: Op, at: Level) -> str:
+        special = getattr(self, f"_op_{node.op}", None)
+        if special is not None:
+            out = special(node, at)
+        else:
+            out = self._apply(self.formats[node.op], node, at)
+        return str(out)
+
+    def _apply(self, template: str, node: Op, at: Level) -> str:
+        head = template.partition("(")[0]
+        if head.isidentifier():
+            self.helpers.add(head)
+        return template.format(*(_Text(self.argument(node, a, at)) for a in node.args))
+
+    def argument(self, user: Op, arg: Expr, at: Level) -> str:
+        if isinstance(arg, Const):  # literals take the width of the other operand
+            return self.text(arg, at)
+        return super().argument(user, arg, at)
+
+    def _division(self, node: Op, at: Level, exact: str, general: str) -> str:
+        dividend, divisor = node.args
+        if node.type is FLOAT:
+            return self._apply(f"float_{general}({{0}}, {{1}})", node, at)
+        if isinstance(divisor, Const) and int(divisor.value) > 0 and int(divisor.value).bit_count() == 1:
+            amount = int(divisor.value).bit_length() - 1 if exact == "//" else int(divisor.value) - 1
+            text = _Text(self.argument(node, dividend, at))
+            return f"{text:p} {'>>' if exact == '//' else '&'} {amount}"
+        positive = self.plan.never_zero(divisor) and self.plan.never_negative(divisor)
+        if positive and self.plan.never_negative(dividend):
+            return self._apply(f"{{0:p}} {exact} {{1:p}}", node, at)
+        kind = f"{general}_positive" if positive else general
+        return self._apply(f"{kind}({{0}}, {{1}})", node, at)
+
+    def _op_floordiv(self, node: Op, at: Level) -> str:
+        return self._division(node, at, "//", "floor_div")
+
+    def _op_mod(self, node: Op, at: Level) -> str:
+        return self._division(node, at, "%", "floor_mod")
+
+    def _extremum(self, node: Op, at: Level, name: str) -> str:
+        nan = ", propagate_nan=tl.PropagateNan.ALL" if node.type is FLOAT else ""
+        return self._apply(f"tl.{name}({{0}}, {{1}}{nan})", node, at)
+
+    def _op_min(self, node: Op, at: Level) -> str:
+        return self._extremum(node, at, "minimum")
+
+    def _op_max(self, node: Op, at: Level) -> str:
+        return self._extremum(node, at, "maximum")
+
+    def _op_sign(self, node: Op, at: Level) -> str:
+        return self._apply(f"{'float' if node.type is FLOAT else 'int'}_sign({{0}})", node, at)
+
+    def _op_pow(self, node: Op, at: Level) -> str:
+        exponent = node.args[1]
+        names = {2.0: "square({0})", 3.0: "cube({0})", 1.0: "{0}", 0.5: "tl.sqrt({0})"}
+        template = names.get(float(exponent.value)) if isinstance(exponent, Const) else None
+        return self._apply(template or self.formats["pow"], node, at)
+
+    def _shift(self, node: Op, at: Level, symbol: str) -> str:
+        bits = 31 if self.plan.width(node) is Width.I32 and self.plan.width(node.args[0]) is Width.I32 else 63
+        value, distance = (_Text(self.argument(node, a, at)) for a in node.args)
+        known = node.args[1]
+        if isinstance(known, Const):
+            return f"{value:p} {symbol} {min(max(int(known.value), 0), bits)}"
+        return f"{value:p} {symbol} tl.minimum(tl.maximum({distance}, 0), {bits})"
+
+    def _op_shl(self, node: Op, at: Level) -> str:
+        return self._shift(node, at, "<<")
+
+    def _op_shr(self, node: Op, at: Level) -> str:
+        return self._shift(node, at, ">>")
+
+    def _op_to_int(self, node: Op, at: Level) -> str:
+        if node.args[0].type is FLOAT:
+            text = self._apply("float_to_int({0})", node, at)
+        else:
+            text = self._apply("{0:p}.to(tl.int32)", node, at)
+        return self.convert(text, Width.I32, self.plan.width(node), at)
+
+    # leaves and loads
+
+    def _spread(self, text: str, have: Level, at: Level) -> str:
+        """Give a row or column vector the shape of a pair."""
+        if at is not Level.PAIR or have in (Level.GRID, Level.PAIR):
+            return text
+        return f"{_Text(text):p}{'[:, None]' if have is Level.ROW else '[None, :]'}"
+
+    def reference(self, node: Expr, name: str, at: Level) -> str:
+        return self._spread(self.value_name(name), self.plan.level(node), at)
+
+    def constant(self, node: Const, at: Level) -> str:
+        return _literal(node.value) if node.type is FLOAT else repr(node.value)
+
+    def index(self, node: Index, at: Level) -> str:
+        name, level = {
+            "b": ("b", Level.GRID),
+            "h": ("h", Level.GRID),
+            "q": ("q_idx", Level.ROW),
+            "k": ("k_idx", Level.COL),
+        }[node.axis]
+        return self._spread(name, level, at)
+
+    def size(self, name: str, at: Level) -> str:
+        return safe_name(name)
+
+    def parameter(self, node: Param, at: Level) -> str:
+        name = safe_name(node.name)
+        if node.type is BOOL:
+            return f"{name} != 0"
+        return f"{name}.to(tl.int64)" if node.type is INT and self.plan.width(node) is Width.I64 else name
+
+    def input(self, node: Input, at: Level) -> str:
+        return "s"
+
+    def convert(self, text: str, have: Width, want: Width, at: Level) -> str:
+        if have is want:
+            return text
+        return f"{_Text(text):p}.to({_INT_TYPES[want]})"
+
+    def load(self, node: Load, at: Level) -> str:
+        name = safe_name(node.tensor)
+        parts: dict[Level, list[str]] = {level: [] for level in Level}
+        guards = self.plan.load_guards(node)
+        for dim, (index, guard) in enumerate(zip(node.indices, guards, strict=True)):
+            level = self.plan.level(index)
+            text = self._position(index, f"{name}_size{dim}", guard, level)
+            parts[level].append(f"{_Text(text):p} * {name}_stride{dim}")
+        offsets = []
+        for level, terms in parts.items():
+            joined = _Text(" + ".join(terms))
+            if terms:
+                offsets.append(f"{joined:p}" if at is Level.GRID else self._spread(joined, level, at))
+        address = " + ".join([f"{name}_ptr", *(f"({t})" if not _is_term(t) else t for t in offsets)])
+        return self._loaded(node, f"tl.load({address})")
+
+    def _position(self, index: Expr, size: str, guard: tuple[bool, bool], level: Level) -> str:
+        """Print one index of a load, clamped where no proof says that it is inside, in the width of an offset."""
+        text = self.text(index, level)
+        if isinstance(index, Const):
+            text = repr(min(max(int(index.value), 0), 2**31 - 1))
+            low, high = False, int(index.value) > 0
+        else:
+            low, high = guard
+        if low:
+            text = f"tl.maximum({text}, 0)"
+        if high:
+            text = f"tl.minimum({text}, {size} - 1)"
+        if isinstance(index, Const) and not high:
+            return text
+        want = Width.I64 if self.plan.wide or level is Level.GRID else Width.I32
+        have = self.plan.width(index)
+        if isinstance(index, Const):
+            have = Width.I32
+        return self.convert(text, have, want, level)
+
+    def _loaded(self, node: Load, text: str) -> str:
+        """Convert a loaded element to the width the plan computes with."""
+        dtype = next(t.dtype for t in self.plan.tensors if t.name == node.tensor)
+        want = self.plan.width(node)
+        if want is Width.BOOL:
+            return f"{text} != 0"
+        return text if _NATIVE.get(dtype) is want else f"{text}.to({_LOAD_TO[want]})"

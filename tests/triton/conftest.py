@@ -1,0 +1,40 @@
+"""Interpreter mode for this folder only.
+
+Triton decides at import whether its language runs in the interpreter. It is imported here in that mode, and the switch is
+set while a test of this folder runs, so that the rest of the session sees an ordinary environment. Where something else
+imported Triton first, the interpreted tests are left to ``test_subprocess.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+if "triton" not in sys.modules:
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+
+INTERPRETED = type(sys.modules["triton"].language.max).__name__ == "InterpretedFunction"
+
+if not INTERPRETED:
+    collect_ignore_glob = ["test_interpret*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _interpret(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.path.name.startswith("test_interpret"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield
+
+
+@pytest.fixture
+def in_process() -> bool:
+    """Whether the interpreted tests run in this process."""
+    return INTERPRETED
