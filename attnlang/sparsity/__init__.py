@@ -2,6 +2,22 @@
 
 from .analyse import analyse
 from .classify import EMPTY, FULL, PARTIAL, classify_tile
+from .explain import Clause, Report, clause_report, explain
 from .runmap import LaunchTable, RunMap
+from .settle import settle, visible_pairs
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "LaunchTable", "RunMap", "analyse", "classify_tile"]
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "Clause",
+    "LaunchTable",
+    "Report",
+    "RunMap",
+    "analyse",
+    "classify_tile",
+    "clause_report",
+    "explain",
+    "settle",
+    "visible_pairs",
+]

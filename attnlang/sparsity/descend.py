@@ -1,8 +1,8 @@
 """From a classifier to a run map: start with the whole problem and cut only what is undecided.
 
 A box is a rectangle of tiles whose sides are powers of two. Each round classifies all boxes of a level at once, keeps
-the decided ones as rectangles and cuts the others into 4 along each axis that can still tell something. The number of boxes
-follows the length of the mask's boundary; a saturated clause (``k % 4 == 0`` on tiles of 128) is not cut at all.
+the decided ones as rectangles and cuts the others into 4 along each axis that can still tell something. The number of
+boxes follows the length of the mask's boundary; a saturated clause (``k % 4 == 0`` on tiles of 128) is not cut at all.
 """
 
 from __future__ import annotations
