@@ -66,7 +66,7 @@ class Report:
                 f"  {name:<8}{count:>12,}  {100 * count / total:6.2f} %"
                 for name, count in (("empty", empty), ("partial", partial), ("full", full))
             ),
-            f"  tile efficiency {self.efficiency:.3f}{'' if self.exact else ' (from a sample)'}: visible / computed pairs",
+            f"  tile efficiency {self.efficiency:.3f}{'' if self.exact else ' (sampled)'}: visible / computed pairs",
             f"  forward FLOPs at head dim 64: {self.flops(64):.3g}; run map {self.runs.memory_bytes / 1024:.1f} KiB in "
             f"{len(self.runs.start):,} runs",
         ]

@@ -75,7 +75,7 @@ def settle(
     params: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> RunMap:
-    """Return ``runs`` with every partial tile looked at: it stays partial only if it holds a visible and a hidden pair."""
+    """Return ``runs`` with every partial tile looked at: those with nothing visible or nothing hidden are decided."""
     row, column = partial_tiles(runs)
     seen = visible_pairs(program, runs, sizes, params, tensors, row, column)
     kind = np.where(seen == tile_areas(runs, row, column), FULL, PARTIAL)

@@ -22,6 +22,7 @@ from attnlang.ir import (
     Size,
     TensorParam,
     dense_mask,
+    rewrite,
     simple,
 )
 from attnlang.ir.build import b, cast, const, h, k, op, q
@@ -114,8 +115,8 @@ class Maker:
             case 0 | 1:
                 return cast(self.integer(depth - 1), FLOAT)
             case 2:
-                return op(self.pick(("add", "sub", "mul", "div", "min", "max", "mod", "floordiv")), self.real(depth - 1),
-                          self.real(depth - 1))  # fmt: skip
+                name = self.pick(("add", "sub", "mul", "div", "min", "max", "mod", "floordiv"))
+                return op(name, self.real(depth - 1), self.real(depth - 1))
             case 3:
                 names = ("abs", "neg", "floor", "ceil", "round", "trunc", "sqrt", "exp", "log", "tanh", "sigmoid",
                          "exp2", "log2", "log1p", "rsqrt", "sin", "atan", "sign")  # fmt: skip
@@ -130,8 +131,6 @@ class Maker:
         if self.r.random() < 0.3:  # the same function of q and of k: what people write
             swap = {q: k, k: q}
             right = left
-            from attnlang.ir import rewrite
-
             (right,) = rewrite((left,), lambda n: swap.get(n, n))
             return op(name, left, right)
         return op(name, left, self.integer(depth - 1))

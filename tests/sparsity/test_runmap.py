@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_round_trip_through_runs_and_transpose(shape: tuple[int, ...], seed: int
 def test_runs_are_ordered_disjoint_and_joined(seed: int) -> None:
     runs, _ = make(seed, (2, 2, 9, 30))
     for row in runs:
-        for (_, end, kind), (start, _, following) in zip(row, row[1:], strict=False):
+        for (_, end, kind), (start, _, following) in pairwise(row):
             assert end < start or (end == start and kind != following)
 
 
