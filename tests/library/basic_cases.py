@@ -76,7 +76,7 @@ def bigbird_fixed(p: Points) -> Tensor:
     blocks = -(-p.shape.Lk // p["block"])
     distance = torch.arange(blocks)[:, None] - torch.arange(blocks)
     small = distance.abs() <= p["window"]
-    chosen = [*range(p["first"]), *range(blocks - p["last"], blocks)]
+    chosen = [*range(min(p["first"], blocks)), *range(max(blocks - p["last"], 0), blocks)]
     small[chosen, :] = True
     small[:, chosen] = True
     big = torch.kron(small.int(), torch.ones(p["block"], p["block"], dtype=torch.int32)).bool()

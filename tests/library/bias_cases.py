@@ -23,8 +23,8 @@ def make_slopes(setup: Setup, g: Generator) -> dict[str, Any]:
 
 
 def distances(p: Points) -> Tensor:
-    """Rows -i, ..., -1, 0, 1, ...: the signed distance from query to key, [Lq, Lk]."""
-    return torch.stack([torch.arange(-i, p.shape.Lk - i) for i in range(p.shape.Lq)]).double()
+    """The signed distance from query to key, [Lq, Lk]."""
+    return torch.arange(p.shape.Lk).double() - torch.arange(p.shape.Lq)[:, None]
 
 
 def alibi(s: Tensor, p: Points) -> Tensor:
@@ -52,9 +52,9 @@ def relative_table(s: Tensor, p: Points) -> Tensor:
     """A Toeplitz matrix cut from the table with its ends repeated."""
     table = p.tensors["table"].double()
     lq, lk, reach = p.shape.Lq, p.shape.Lk, table.shape[1] // 2
-    left, right = lq - 1 - reach, lk - 1 - reach
-    line = torch.cat([table[:, :1].expand(-1, left), table, table[:, -1:].expand(-1, right)], 1)
-    return s + torch.stack([line[:, lq - 1 - i : lq - 1 - i + lk] for i in range(lq)], 1)
+    line = torch.cat([table[:, :1].expand(-1, lq), table, table[:, -1:].expand(-1, lk)], 1)
+    rows = [line[:, lq + reach - i : lq + reach - i + lk] for i in range(lq)]
+    return s + torch.stack(rows, 1) if rows else s
 
 
 def t5_bucket(relative: Tensor, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
@@ -138,7 +138,7 @@ def make_pair_bias(setup: Setup, g: Generator) -> dict[str, Any]:
 def make_graph(setup: Setup, g: Generator) -> dict[str, Any]:
     """Shortest paths of random graphs, by powers of the adjacency matrix; 7 for far or unreachable."""
     s = setup.shape
-    links = torch.rand(s.B, s.Lk, s.Lk, generator=g) < 2.0 / s.Lk
+    links = torch.rand(s.B, s.Lk, s.Lk, generator=g) < 2.0 / max(s.Lk, 1)
     links = links | links.transpose(1, 2) | torch.eye(s.Lk, dtype=torch.bool)
     reached = torch.eye(s.Lk).expand(s.B, -1, -1)
     distance = torch.zeros(s.B, s.Lk, s.Lk, dtype=torch.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -97,6 +97,7 @@ def no_tensors(setup: Setup, generator: torch.Generator) -> dict[str, Any]:
 class Case:
     """One program with a small and a middle-sized call and its dense definition.
 
+    ``resizable`` cases make sense at any number of tokens; the others have a grid or halves.
     ``mask`` returns a bool tensor that broadcasts to [B, H, Lq, Lk]; ``score`` maps the float64 scores [B, H, Lq, Lk].
     """
 
@@ -106,12 +107,24 @@ class Case:
     mask: MaskFn | None = None
     score: ScoreFn | None = None
     tensors: TensorsFn = no_tensors
+    resizable: bool = True
 
     def instance(self, size: str, seed: int = 0) -> Instance:
         """Make the call named ``tiny`` or ``medium``."""
         setup: Setup = getattr(self, size)
         made = self.tensors(setup, torch.Generator().manual_seed(seed))
         return Instance(self, setup, made, seed)
+
+    def at(self, length: int, seed: int = 0) -> Instance:
+        """Make the medium call with another number of tokens.
+
+        Raises:
+            ValueError: the case is not ``resizable``: its lengths follow from a grid.
+        """
+        if not self.resizable:
+            raise ValueError(f"{self.program} has lengths that follow from its parameters")
+        setup = replace(self.medium, shape=replace(self.medium.shape, Lq=length, Lk=length))
+        return Instance(self, setup, self.tensors(setup, torch.Generator().manual_seed(seed)), seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +216,8 @@ def ids_of(lengths: Iterable[int]) -> Tensor:
 
 
 def ints(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+    """Random integers from ``low`` to ``high - 1``; ``low`` where that is empty."""
+    return torch.randint(low, max(high, low + 1), shape, generator=generator, dtype=torch.int32)
 
 
 def floats(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

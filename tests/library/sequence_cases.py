@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def packed_keys(p: Points) -> Tensor:
 
 
 def make_shared_prefix(setup: Setup, g: Generator) -> dict[str, Any]:
-    prefix = setup.params["prefix"]
+    prefix = min(setup.params["prefix"], setup.shape.Lk)
     lengths = [[prefix, *split_lengths(setup.shape.Lk - prefix, 3, g)] for _ in range(setup.shape.B)]
     return {"doc": torch.stack([ids_of(x) for x in lengths]), "_lengths": lengths}
 
@@ -296,12 +297,11 @@ def block_diffusion(p: Points) -> Tensor:
 
 
 def make_scales(setup: Setup, g: Generator) -> dict[str, Any]:
-    sides = range(1, 20)
-    return {"scale": ids_of([n * n for n in sides])[: setup.shape.Lk].contiguous()}
+    return {"scale": ids_of([n * n for n in range(1, 30)])[: setup.shape.Lk].contiguous()}
 
 
 def next_scale(p: Points) -> Tensor:
-    ends = torch.tensor([n * n for n in range(1, 20)]).cumsum(0)
+    ends = torch.tensor([n * n for n in range(1, 30)]).cumsum(0)
     return p.rows(lambda i: range(int(ends[ends > i][0])))
 
 
@@ -329,8 +329,9 @@ def visual_keys_only(p: Points) -> Tensor:
 
 
 def text_over_visual(p: Points) -> Tensor:
-    text = torch.ones(p.shape.Lq, p.shape.Lk - p["visual"], dtype=torch.bool).tril()
-    return torch.cat([torch.ones(p.shape.Lq, p["visual"], dtype=torch.bool), text], 1)
+    visual = min(p["visual"], p.shape.Lk)
+    text = torch.ones(p.shape.Lq, p.shape.Lk - visual, dtype=torch.bool).tril()
+    return torch.cat([torch.ones(p.shape.Lq, visual, dtype=torch.bool), text], 1)
 
 
 def make_scale_dit(setup: Setup, g: Generator) -> dict[str, Any]:
@@ -375,7 +376,7 @@ _ALL = (
     many(cross(14, 31, visual=17), cross(99, 250, visual=151), text_over_visual),
     many(square(31), square(249), scale_dit, make_scale_dit),
 )
-CASES = {case.program: case for case in _ALL} | {
+CASES = {case.program: replace(case, resizable=case.program != "block_diffusion") for case in _ALL} | {
     "adaptive_span": Case(
         "adaptive_span",
         square(27, ramp=4.0),

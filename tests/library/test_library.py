@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from library.bias_cases import t5_bucket
 from library.cases import CASES, Instance
 
 from attnlang import ir, library
@@ -90,6 +91,44 @@ def test_attention_is_the_dense_one(name: str, size: str) -> None:
     want_out, want_lse = instance.dense_attention(q, k, v)
     torch.testing.assert_close(out, want_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 65])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.resizable])
+def test_other_lengths(name: str, length: int) -> None:
+    instance = CASES[name].at(length)
+    program = program_of(instance)
+    sizes, params = bind(program, instance)
+    assert torch.equal(ir.dense_mask(program, sizes, params, instance.captured), instance.dense_mask())
+    q, k, v = instance.operands(d=4)
+    got = ir.reference_attention(program, q, k, v, sizes, params, instance.captured, 0.5)
+    for ours, want in zip(got, instance.dense_attention(q, k, v), strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "buckets, farthest", [(32, 128), (16, 64), (64, 256), (32, 512), (32, 2048), (32, 20), (8, 100)]
+)
+def test_t5_buckets_at_long_distances(buckets: int, farthest: int) -> None:
+    """The buckets are those that float32 logarithms give in the released models, at every distance."""
+    table = torch.arange(buckets, dtype=torch.float32).view(-1, 1)
+    n = torch.arange(3000)
+    zero = torch.zeros(1, dtype=torch.int64)
+    for program, bidirectional, q, k in (
+        (library.t5_causal, False, n, zero),
+        (library.t5_bidirectional, True, n, zero),
+        (library.t5_bidirectional, True, zero, n),
+    ):
+        environment = ir.Environment(
+            {"q": q, "k": k, "h": zero},
+            {"N": buckets, "H": 1},
+            {"max_distance": farthest},
+            {"table": table},
+            {"s": torch.zeros(len(n))},
+        )
+        assert torch.equal(
+            ir.evaluate(program.score, environment).long(), t5_bucket(k - q, bidirectional, buckets, farthest)
+        )
 
 
 def test_sliding_windows_compose_and_nest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -159,7 +160,7 @@ def dit(frames: int, frame: int, text: int, **params: Any) -> Setup:
 _GNA_TINY = {"window_t": 2, "window_y": 2, "window_x": 3, "stride_t": 1, "stride_y": 2, "stride_x": 2}
 _GNA_MEDIUM = {"window_t": 3, "window_y": 3, "window_x": 4, "stride_t": 2, "stride_y": 3, "stride_x": 3}
 
-CASES = {
+_CASES = {
     "neighborhood_3d": Case(
         "neighborhood_3d",
         clip(2, 3, 5, window_t=2, window=3),
@@ -213,3 +214,5 @@ CASES = {
         radial,
     ),
 }
+
+CASES = {name: replace(case, resizable=False) for name, case in _CASES.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -245,7 +246,7 @@ def image(height: int, width: int, **params: Any) -> Setup:
 _CLEAR = Setup(Shape(2, 4, 2, 34, 40), {"height": 5, "width": 6, "text": 4, "radius": 3})
 _CLEAR_MEDIUM = Setup(Shape(1, 4, 1, 221, 247), {"height": 12, "width": 17, "text": 17, "radius": 5})
 
-CASES = {
+_CASES = {
     "neighborhood_1d": Case("neighborhood_1d", square(23, window=5), square(243, window=32), line(nat_axis)),
     "neighborhood_2d": Case("neighborhood_2d", image(5, 6, window=3), image(15, 17, window=7), plane(nat_axis)),
     "neighborhood_2d/even": Case("neighborhood_2d", image(5, 6, window=4), image(13, 18, window=6), plane(nat_axis)),
@@ -328,3 +329,6 @@ CASES = {
         tensors=make_box,
     ),
 }
+
+_ANY_LENGTH = {"neighborhood_1d", "dilated_neighborhood_1d", "gna_1d", "foveal"}
+CASES = {name: replace(case, resizable=name in _ANY_LENGTH) for name, case in _CASES.items()}
