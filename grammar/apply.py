@@ -132,10 +132,10 @@ def bind_tensor(
         message = f"{what} has {len(param.shape)} dimension(s), but `{tensor.name}` has {len(tensor.shape)}"
         raise scope.error(argument.value, "ATL205", message)
     for want, have in zip(param.shape, tensor.shape, strict=True):
-        if isinstance(want, Size) and want.name not in BUILTIN_SIZES:
-            if into.nodes.setdefault(want, have) is not have:
-                message = f"size `{want.name}` of `{template.name}` is both {into.nodes[want]} and {have}"
-                raise scope.error(argument.value, "ATL212", message)
+        free = isinstance(want, Size) and want.name not in BUILTIN_SIZES
+        if free and into.nodes.setdefault(want, have) is not have:
+            message = f"size `{want}` of `{template.name}` is both {into.nodes[want]} and {have}"
+            raise scope.error(argument.value, "ATL212", message)
     into.tensors[param.name] = tensor.name
 
 

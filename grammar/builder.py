@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeAlias, TypeVar
 
 from lark import Token, Transformer
@@ -85,7 +86,7 @@ def _params(children: Sequence[object]) -> tuple[ast.ParamDecl, ...]:
 
 def _after(children: Sequence[object], token: str) -> ast.Node | None:
     """The expression that follows the first ``token``, if there is one."""
-    for here, following in zip(children, children[1:], strict=False):
+    for here, following in pairwise(children):
         if isinstance(here, Token) and here.type == token:
             return following if isinstance(following, ast.Node) else None
     return None

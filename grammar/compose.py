@@ -140,5 +140,4 @@ class _Composer:
         return into
 
     def _open(self, template: Template, name: str, call: ast.Call, into: Substitution) -> None:
-        params = {p.name: p for p in (*template.scalars, *template.tensors)}
-        self.params.inherit(template, rename_open(params[name], into), call)
+        self.params.inherit(template, rename_open(template.param(name), into), call)

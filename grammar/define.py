@@ -87,7 +87,7 @@ class _Body:
     def let(self, node: ast.Let) -> None:
         ok = False
         with self.part():
-            check_name(node.name, self.scope, "a `let`", dict(self.scope.values))
+            check_name(node.name, self.scope, "a `let`", self.scope.values)
             lowering = Lowering(self.scope)
             value = lowering.run(node.value)
             self.scope.values[node.name.id] = Value(value, lowering.score)

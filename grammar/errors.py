@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lark import Token
+
 from attnlang.ir import ProgramError
 
 __all__ = ["CODES", "AttnError", "Diagnostic", "Source", "Span", "suggest"]
@@ -127,6 +129,8 @@ class Source:
     def __init__(self, text: str, filename: str) -> None:
         self.text = text
         self.filename = filename
+        self.open: list[Token] = []
+        """Brackets that are open where the parser stands."""
         self._lines: list[str] | None = None
 
     def line(self, number: int) -> str:

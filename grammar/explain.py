@@ -47,7 +47,8 @@ _SIGNS = {
     "DOT": ".",
 }
 _KEYWORDS = frozenset(
-    "IMPORT FROM AS DEF PATTERN GRID LET RETURN STATIC IF ELSE AND OR NOT TRUE FALSE".split(),
+    {"IMPORT", "FROM", "AS", "DEF", "PATTERN", "GRID", "LET", "RETURN"}
+    | {"STATIC", "IF", "ELSE", "AND", "OR", "NOT", "TRUE", "FALSE"}
 )
 _FOREIGN = {
     "&&": "write `and`",
@@ -75,6 +76,13 @@ def _word(kind: str) -> str:
     return _WORDS.get(kind) or f"`{_SIGNS.get(kind) or kind.lower()}`"
 
 
+def _possible(kinds: set[str], source: Source) -> set[str]:
+    """Drop what the tables list but the brackets rule out."""
+    if not source.open:
+        return kinds - {"RPAR", "RSQB"} - ({"COMMA"} if "NEWLINE" in kinds else set())
+    return kinds - {"NEWLINE", "RSQB" if source.open[-1].type == "LPAR" else "RPAR"}
+
+
 def _expected(kinds: set[str]) -> str:
     """Say what would have been accepted, shortest useful form first."""
     words: list[str] = []
@@ -85,6 +93,8 @@ def _expected(kinds: set[str]) -> str:
     elif len(rest & _OPERATORS) > 3:
         rest -= _OPERATORS | {"LPAR", "LSQB", "ELSE"}
         words.append("an operator")
+    elif rest - _OPERATORS:
+        rest -= _OPERATORS
     if {"PATTERN", "DEF"} <= rest:
         rest -= {"PATTERN", "DEF", "IMPORT", "FROM", "$END", "STRING", "INDENT"}
         words.append("`pattern`, `def` or `import` at the start of a line")
@@ -109,12 +119,18 @@ def _found(token: Token) -> str:
     if token.type == "STRING":
         return "unexpected string"
     text = str(token)
-    kind = "the word " if token.type in _KEYWORDS else ""
+    kind = "word " if token.type in _KEYWORDS else ""
     return f"unexpected {kind}`{text if len(text) <= 40 else text[:40] + '...'}`"
 
 
 def _hint(token: Token, expected: set[str], source: Source) -> str:
     text = str(token)
+    twice = source.line(token.line or 1)[max(0, (token.column or 1) - 2) :][:2]
+    if twice in ("&&", "||"):
+        return _FOREIGN[twice]
+    if source.open and (token.line or 1) > (source.open[-1].line or 1):
+        opener = source.open[-1]
+        return f"the `{opener}` on line {opener.line} may be missing its `{')' if opener == '(' else ']'}`"
     if token.type == "ASSIGN":
         return "write `==` to compare, or `let name = ...` to name a value"
     if token.type in _KEYWORDS and "NAME" in expected:
@@ -127,7 +143,7 @@ def _hint(token: Token, expected: set[str], source: Source) -> str:
         return "indent the lines of the block"
     if token.type == "NEWLINE" and {"COLON", "ASSIGN"} <= expected:
         return "end the line with `:` and indent the body, or write `= ...`"
-    if token.type == "NEWLINE" and "RETURN" in expected:
+    if token.type in ("NEWLINE", "DEDENT") and "RETURN" in expected:
         return "the last line of a helper is `return ...`"
     if token.type == "NAME" and {"PATTERN", "DEF"} <= expected:
         return suggest(text, ("pattern", "def", "import", "from"))
@@ -156,6 +172,7 @@ def explain_token(token: Token, expected: set[str], source: Source) -> AttnError
         text = source.line(span.line)
         end = len(re.sub(r"\s*(#.*)?$", "", text)) + 1 if '"' not in text else len(text) + 1
         span = Span(span.line, end, span.line, end + 1)
+    expected = _possible(expected, source)
     code = "ATL103" if token.type in ("INDENT", "DEDENT") or expected == {"INDENT"} else "ATL104"
     wanted = _expected(expected)
     message = _found(token) + (f"; expected {wanted}" if wanted else "")

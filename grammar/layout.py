@@ -11,7 +11,7 @@ from .errors import Source, Span
 __all__ = ["MAX_NESTING", "MAX_TOKENS", "layout", "token_span"]
 
 MAX_NESTING = 200
-MAX_TOKENS = 200_000
+MAX_TOKENS = 100_000
 
 _CLOSER = {"LPAR": ")", "LSQB": "]"}
 _STATEMENT_WORDS = frozenset({"PATTERN", "DEF", "LET", "GRID", "RETURN", "IMPORT", "FROM"})
@@ -29,7 +29,7 @@ class _Layout:
         self.source = source
         self.indents = [0]
         self.character = ""
-        self.open: list[Token] = []
+        self.open = source.open
 
     def _width(self, token: Token, indent: str) -> int:
         """Return the width of the indentation that follows line end ``token``."""

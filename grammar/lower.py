@@ -27,6 +27,7 @@ _LOGIC = {"and": "and", "or": "or"}
 _BITS = {"&": ("bitand", "and"), "|": ("bitor", "or"), "^": ("bitxor", "xor")}
 _COMPARE = {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"}
 _ALIASES = {"True": "true", "False": "false", "None": "a captured tensor", "math": "the built-in functions"}
+_INDEX_OF = {"B": "b", "H": "h", "Hkv": "h", "Lq": "q"}  # for examples in hints
 MAX_POWER = 64
 
 
@@ -113,7 +114,7 @@ class Lowering:
             if not scope.tensors:
                 raise scope.error(node, "ATL213", f"captured tensor `{node.id}` cannot be read in {scope.what}")
             if value.shape:
-                example = ", ".join(":" if len(value.shape) > 4 else i for i in "bhqk"[4 - min(len(value.shape), 4) :])
+                example = ", ".join(_INDEX_OF.get(str(dim), "k") for dim in value.shape)
                 message = f"captured tensor `{node.id}` is used without an index"
                 raise scope.error(node, "ATL205", message, f"read one element, e.g. `{node.id}[{example}]`")
             return Load(value.name, (), value.type)
@@ -144,6 +145,8 @@ class Lowering:
         known = [*scope.values, *scope.sizes, *CONSTANTS]
         known += list(AXES) if scope.axes else []
         hint = f"write `{_ALIASES[name]}`" if name in _ALIASES else suggest(name, known)
+        if not hint and "shape" in scope.what:
+            hint = "a size that is taken from the tensor has a name with a capital letter, e.g. `N`"
         return scope.error(node, "ATL200", f"unknown name `{name[:80]}`", hint)
 
     def _attribute(self, node: ast.Attribute) -> Expr:
@@ -184,8 +187,10 @@ class Lowering:
             return self._apply(node, "~", "not" if value.type is BOOL else "bitnot", value)
         if node.op == "+":
             return build.cast(value, INT) if value.type is BOOL else value
-        if isinstance(node.operand, ast.Literal) and isinstance(value, Const) and value.type is not BOOL:
-            return Const(-value.value, value.type)  # so that a negative constant and its text are the same thing
+        if isinstance(value, Const):  # folded, so that a negative constant and its text are the same thing
+            value = build.cast(value, INT) if value.type is BOOL else value
+            assert isinstance(value, Const)
+            return Const(-value.value, value.type)
         return self._apply(node, "-", "neg", value)
 
     def _binary(self, node: ast.Binary) -> Steps:

@@ -51,7 +51,7 @@ class Module:
         """
         if not self.patterns:
             raise ProgramError(f"{self.filename} defines no pattern")
-        return next(reversed(self.patterns.values()))
+        return list(self.patterns.values())[-1]
 
 
 def parse(text: str, *, filename: str = "<text>", search_paths: Iterable[PathLike] = ()) -> Module:
@@ -82,9 +82,10 @@ def _read(path: Path, shown: str) -> str:
     """Return the text of a regular file of bounded size."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # reading a pipe or a device might never end
+            os.close(descriptor)
+            raise _problem(shown, "this is not a regular file")
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise _problem(shown, "this is not a regular file")
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a valid path"
@@ -130,10 +131,13 @@ class _Loader:
             with collector.guard():
                 self._import(node, source, folder, names, taken, imported)
         for definition in _in_order(tree.definitions, source, names, taken, collector):
-            define = define_helper if isinstance(definition, ast.Helper) else define_pattern
             name = definition.name.id
             names.templates[name] = None
-            names.templates[name] = define(definition, source, names, self.budget, collector)  # type: ignore[operator]
+            if isinstance(definition, ast.Helper):
+                template = define_helper(definition, source, names, self.budget, collector)
+            else:
+                template = define_pattern(definition, source, names, self.budget, collector)
+            names.templates[name] = template
         collector.raise_any()
         own = {d.name.id: names.templates[d.name.id] for d in tree.definitions}
         patterns = {n: t.program for n, t in own.items() if t is not None and t.program is not None}
@@ -152,7 +156,7 @@ class _Loader:
         module: Module | None = None
         pairs = node.names if isinstance(node, ast.ImportNames) else ()
         try:
-            for new in [new for _, new in pairs] or [node.name]:  # type: ignore[union-attr]
+            for new in [node.name] if isinstance(node, ast.ImportModule) else [new for _, new in pairs]:
                 _claim(new, "import", source, taken)
             module = self._find(node, source, folder)
         finally:
@@ -204,7 +208,7 @@ def _looked(count: int) -> str:
     return "paths are relative to the importing file" + (" or a search path" if count > 1 else "")
 
 
-class _Anything(dict):  # type: ignore[type-arg]
+class _Anything(dict[str, "Template | None"]):
     """Stands for a file that could not be imported: it has every name, all broken."""
 
     def __contains__(self, name: object) -> bool:
@@ -245,8 +249,10 @@ def _uses(definition: ast.Helper | ast.Pattern) -> list[ast.Name]:
         values += [*(let.value for let in definition.lets), definition.value]
     else:
         for statement in definition.statements:
-            extents = [c.extent for c in statement.coordinates] if isinstance(statement, ast.Grid) else []
-            values += extents or [statement.value]  # type: ignore[union-attr]
+            if isinstance(statement, ast.Grid):
+                values += [c.extent for c in statement.coordinates]
+            else:
+                values.append(statement.value)
         stack = [definition.composition] if definition.composition is not None else []
         while stack:
             node = stack.pop()

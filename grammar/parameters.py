@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,17 +11,18 @@ from attnlang.ir import (
     AXES,
     BOOL,
     BUILTIN_SIZES,
-    FLOAT,
     INT,
     Const,
     Environment,
     Expr,
-    Load,
-    Param,
     Scalar,
     ScalarParam,
+    Size,
+    TensorParam,
+    Type,
+    build,
+    evaluate,
 )
-from attnlang.ir import Size, TensorParam, Type, build, evaluate, postorder
 
 from . import syntax as ast
 from .apply import Substitution, widen
@@ -29,7 +30,9 @@ from .errors import AttnError, suggest
 from .lower import lower
 from .scope import RESERVED_VALUES, TYPES, Poisoned, Scope, Template, Value
 
-__all__ = ["Parameters", "check_name", "declare", "type_named"]
+__all__ = ["Parameters", "check_count", "check_name", "declare", "type_named"]
+
+MAX_PARAMETERS = 256
 
 
 def type_named(name: ast.Name, scope: Scope) -> Type:
@@ -42,11 +45,11 @@ def type_named(name: ast.Name, scope: Scope) -> Type:
     return TYPES[name.id]
 
 
-def check_name(name: ast.Name, scope: Scope, what: str, taken: dict[str, object]) -> None:
+def check_name(name: ast.Name, scope: Scope, what: str, taken: Mapping[str, object]) -> None:
     """Refuse names of the language and names that are taken already; a helper may call its arguments q, k or s."""
     if name.id in RESERVED_VALUES and (scope.axes or name.id not in (*AXES, "s")):
         raise scope.error(name, "ATL202", f"`{name.id}` is a name of the language; {what} needs another one")
-    if name.id in taken:
+    if name.id in taken or (name.id in scope.sizes and name.id not in RESERVED_VALUES):
         raise scope.error(name, "ATL201", f"`{name.id}` is defined twice", f"rename this {what.split()[-1]}")
 
 
@@ -82,6 +85,8 @@ class Parameters:
         if mine is None:
             if param.name in self.scope.values:
                 raise Poisoned
+            self._check_sizes(template, param, at)
+            check_count(len(self.table) + 1, at, self.scope)
             self.add(param)
             self.origin[param.name] = template.name
             return
@@ -103,6 +108,14 @@ class Parameters:
                 raise self.scope.error(at, "ATL211", message, "declare the parameter in this pattern")
             self.table[param.name] = replace(mine, default=param.default)
 
+    def _check_sizes(self, template: Template, param: ScalarParam | TensorParam, at: ast.Node) -> None:
+        """A free size and a parameter of one pattern cannot share a name."""
+        sizes = {d.name for d in getattr(param, "shape", ()) if isinstance(d, Size)}
+        both = sizes & self.table.keys() or {param.name} & self.scope.sizes
+        if both:
+            message = f"`{min(both)}` is a parameter and a size in this composition"
+            raise self.scope.error(at, "ATL211", message, f"rename the one in `{template.name}` or give it a value")
+
 
 def _describe(param: ScalarParam | TensorParam) -> str:
     if isinstance(param, TensorParam):
@@ -114,19 +127,29 @@ def declare(params: tuple[ast.ParamDecl, ...], into: Parameters) -> list[AttnErr
     """Add the declared parameters, scalars first so that shapes may use them; return the mistakes found."""
     scope = into.scope
     errors: list[AttnError] = []
-    order = [p.name.id for p in params]
-    for decl in sorted(params, key=lambda p: p.dims is not None):
+    order = {p.name.id: i for i, p in enumerate(params)}
+    symbols = {n.id for p in params for d in p.dims or () for n in ast.walk(d) if isinstance(n, ast.Name)}
+    free = frozenset(n for n in symbols if n[0].isupper() and n not in order)
+    for decl in sorted(params[: MAX_PARAMETERS + 1], key=lambda p: p.dims is not None):
         try:
-            check_name(decl.name, scope, "a parameter", {**into.table, **scope.values})
-            into.add(_tensor(decl, params, scope) if decl.dims is not None else _scalar(decl, scope))
+            check_count(order[decl.name.id] + 1, decl, scope)
+            check_name(decl.name, scope, "a parameter", scope.values)
+            into.add(_tensor(decl, free, scope) if decl.dims is not None else _scalar(decl, scope))
         except AttnError as error:
             errors.append(error)
             scope.values.setdefault(decl.name.id, None)
         except Poisoned:
             scope.values.setdefault(decl.name.id, None)
-    into.table = dict(sorted(into.table.items(), key=lambda item: order.index(item[0])))
+    into.table = dict(sorted(into.table.items(), key=lambda item: order[item[0]]))
     errors += [] if errors else _unbound_sizes(params, into)
     return errors
+
+
+def check_count(count: int, at: ast.Node, scope: Scope) -> None:
+    """Refuse more parameters than any kernel could take."""
+    if count > MAX_PARAMETERS:
+        hint = "put the numbers into a captured tensor"
+        raise scope.error(at, "ATL106", f"there are more than {MAX_PARAMETERS} parameters", hint)
 
 
 def _scalar(decl: ast.ParamDecl, scope: Scope) -> ScalarParam:
@@ -149,22 +172,18 @@ def _default(decl: ast.ParamDecl, node: ast.Node, type_: Type, scope: Scope) -> 
     return int(value) if type_ is INT else value
 
 
-def _tensor(decl: ast.ParamDecl, params: tuple[ast.ParamDecl, ...], scope: Scope) -> TensorParam:
+def _tensor(decl: ast.ParamDecl, free: frozenset[str], scope: Scope) -> TensorParam:
     if decl.static:
         raise scope.error(decl, "ATL205", f"captured tensor `{decl.name.id}` cannot be static", "remove `static`")
     if decl.default is not None:
         raise scope.error(decl.default, "ATL208", f"captured tensor `{decl.name.id}` cannot have a default")
     assert decl.dims is not None
     type_ = type_named(decl.type, scope)
-    inner = scope.restricted("the shape of a captured tensor", axes=False, tensors=False)
-    symbols = {n.id for p in params for d in p.dims or () for n in ast.walk(d) if isinstance(n, ast.Name)}
-    free = {n for n in symbols if n[0].isupper() and n not in scope.values}
+    what = "the shape of a captured tensor"
+    inner = replace(scope.restricted(what, axes=False, tensors=False), sizes=scope.sizes | free)
     dims: list[Expr] = []
     for node in decl.dims:
-        scope_of_dim = Scope(
-            inner.source, inner.names, inner.budget, inner.what, inner.values, inner.sizes | free, axes=False
-        )
-        dim = lower(node, scope_of_dim.restricted(inner.what, axes=False, tensors=False))
+        dim = lower(node, inner)
         if dim.type is not INT:
             raise scope.error(node, "ATL212", f"a dimension must be int, got {dim.type}")
         if isinstance(dim, Const) and not 0 <= dim.value < 2**31:

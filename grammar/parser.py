@@ -63,7 +63,7 @@ def _parser() -> Lark:
                 keep_all_tokens=True,
                 maybe_placeholders=False,
                 transformer=_callbacks,
-                postlex=_Postlex(_callbacks),  # type: ignore[arg-type]
+                postlex=_Postlex(_callbacks),
             )
         return _lark
 

@@ -77,6 +77,10 @@ class Template:
     value: Expr | None = None
     program: Program | None = None
 
+    def param(self, name: str) -> ScalarParam | TensorParam:
+        both: tuple[ScalarParam | TensorParam, ...] = (*self.scalars, *self.tensors)
+        return next(p for p in both if p.name == name)
+
     @property
     def kind(self) -> str:
         return "helper" if self.program is None else "pattern"

@@ -36,7 +36,8 @@ def _infix(node: Op, parts: list[tuple[str, int]]) -> tuple[str, int]:
     spec = OPS[node.op]
     texts = [text for text, _ in parts]
     if node.op == "where":
-        return f"{texts[1]} if {texts[0]} else {texts[2]}", 5
+        condition, then = (f"({text})" if precedence <= 5 else text for text, precedence in parts[:2])
+        return f"{then} if {condition} else {texts[2]}", 5
     if not spec.symbol:
         name = node.op.removeprefix("to_") if node.op.startswith("to_") else node.op
         return f"{name}({', '.join(texts)})", _ATOM
@@ -49,7 +50,7 @@ def _infix(node: Op, parts: list[tuple[str, int]]) -> tuple[str, int]:
     if len(parts) == 1:
         return f"{spec.symbol}{wrap(0, False)}", own
     compares = own == 40  # chained comparisons mean something else
-    return f"{wrap(0, compares)} {spec.symbol} {wrap(1, True)}", own
+    return f"{wrap(0, compares or own == 90)} {spec.symbol} {wrap(1, own != 90)}", own  # ** groups from the right
 
 
 def format_expr(expr: Expr) -> str:
@@ -62,7 +63,8 @@ def format_expr(expr: Expr) -> str:
         elif isinstance(node, Op):
             text, precedence = _infix(node, parts)
         else:
-            text, precedence = _leaf(node), _ATOM
+            text = _leaf(node)
+            precedence = 80 if text.startswith("-") else _ATOM  # a negative literal binds like unary minus
         if len(text) > _LIMIT:
             text = text[:_LIMIT] + "..."
         done[node] = text, precedence
