@@ -36,7 +36,7 @@ def program(mask: Mod | None = None, score: Mod | None = None, *, name: str | No
     """
     from attnlang.tracing import trace
 
-    return trace(mask=mask, score=score, name=name)
+    return trace(mask, score, name=name)
 
 
 def parse(text: str, pattern: str | None = None) -> Program:
