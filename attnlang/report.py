@@ -228,7 +228,7 @@ def print_bench(job: Job, rounds: int) -> None:
             table.add_row(name, "-", "-", "-", notes[name])
             continue
         ms = times[name].median
-        ratio = f"{ms / times['attnlang'].median:.2f} x faster" if name != "attnlang" else ""
+        ratio = f"{ms / times['attnlang'].median:.2f} x as fast" if name != "attnlang" else ""
         table.add_row(name, f"{ms:.2f}", f"{flops / ms / 1e6:.0f}", ratio, notes[name])
     _console().print(table)
 
