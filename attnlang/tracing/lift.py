@@ -20,7 +20,7 @@ Visit = Callable[[Any, str], Any]
 
 _CONTAINERS = (list, tuple, dict)
 _PEEKS = frozenset(("isinstance", "type", "hash", "id", "repr", "str", "callable", "hasattr", "set", "frozenset"))
-"""Functions that could tell a lifted number from a Python number without failing: code that calls them is not lifted."""
+"""Functions that could tell a lifted number from a Python number without failing; their callers are not lifted."""
 
 _LIMIT = 4096  # objects visited
 
@@ -145,7 +145,8 @@ class Lifter:
         if not attributes or isinstance(value, type) or (type(value).__dict__.get("__slots__") is not None):
             return value
         try:
-            new = object.__new__(type(value))
+            is_namespace = type(value) is types.SimpleNamespace
+            new = types.SimpleNamespace() if is_namespace else object.__new__(type(value))
         except TypeError:
             return value
         self._remember(value, new)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Type, join
+from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Type, build, join
 from attnlang.ir.build import Like, cast, const, op
 
 from .errors import TraceError, current_location
@@ -159,6 +159,12 @@ def _sign(t: Type, a: Like) -> Expr:
     return const(a) if t is BOOL else op("sign", to(a, t))
 
 
+@_row("signbit")
+def _signbit(t: Type, a: Like) -> Expr:
+    value = const(a)
+    return build.FALSE if value.type is BOOL else op("lt", value, 0)
+
+
 @_row("square")
 def _square(t: Type, a: Like) -> Expr:
     return _mul(t, a, a)
@@ -235,8 +241,8 @@ def _bits(name: str, logic: str) -> Builder:
     return build
 
 
-for _name, _logic in (("and", "and"), ("or", "or"), ("xor", "xor")):
-    POINTWISE[f"bitwise_{_name}"] = POINTWISE[f"__{_name}__"] = _bits(f"bit{_name}", _logic)
+for _name, _word in (("and", "and"), ("or", "or"), ("xor", "xor")):
+    POINTWISE[f"bitwise_{_name}"] = POINTWISE[f"__{_name}__"] = _bits(f"bit{_name}", _word)
 
 
 def _logic(name: str) -> Builder:

@@ -14,7 +14,7 @@ from .pointwise import POINTWISE, where
 from .scalars import to
 from .state import current
 
-__all__ = ["arg_reduce", "dot_last", "fold", "matmul", "norm", "reduce_dims"]
+__all__ = ["arg_reduce", "dot_last", "fold", "matmul", "norm", "reduce_dims", "variance"]
 
 Fold = Callable[[list[Expr]], Expr]
 
@@ -67,6 +67,19 @@ def fold(name: str, type_: Type, empty: bool | int | float | None = None) -> Fol
 
 def mean(values: list[Expr]) -> Expr:
     return op("div", fold("add", FLOAT, 0.0)(values), float(len(values)) if values else math.nan)
+
+
+def variance(correction: float, power: float) -> Fold:
+    """Return the variance with n - correction degrees of freedom, or its square root (power 0.5)."""
+
+    def combine(values: list[Expr]) -> Expr:
+        centre = mean(values)
+        parts = [op("sub", cast(v, FLOAT), centre) for v in values]
+        total = fold("add", FLOAT, 0.0)([op("mul", p, p) for p in parts])
+        out = op("div", total, max(len(values) - correction, 0.0))
+        return out if power == 1.0 else op("sqrt", out)
+
+    return combine
 
 
 def norm(order: float) -> Fold:

@@ -212,7 +212,8 @@ def getitem(array: Pull, key: Any, pull: Any) -> Pull:
         )
     if not any(k is Ellipsis for k in keys):
         keys.append(Ellipsis)
-    dim, tensors = 0, []
+    dim = 0
+    tensors: list[Pull | None] = []
     for n, k in enumerate(keys):
         if k is Ellipsis:
             dim = len(array.shape) - sum(1 for r in keys[n + 1 :] if r is not None)

@@ -279,6 +279,38 @@ def _min(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
     return best if dim is None else (best, _argmin(x, dim, keepdim))
 
 
+def _variance(power: float) -> Callable[..., Tensor]:
+    def call(x: Tensor, dims: Any = None, *options: Any, **named: Any) -> Tensor:
+        # overloads: (x, unbiased), (x, dims, unbiased, keepdim) and (x, dims, *, correction, keepdim)
+        if isinstance(dims, bool):
+            named["unbiased"], dims = dims, None
+        named |= dict(zip(("unbiased", "keepdim"), options, strict=False))
+        correction = named.get("correction")
+        correction = float(named.get("unbiased", True)) if correction is None else correction
+        array = pull_of(x)
+        axes = red.dims_of(array, dims)
+        keepdim = named.get("keepdim", False)
+        return wrap(
+            red.reduce_dims(array, axes, keepdim, FLOAT, "a variance", red.variance(correction, power)), x.dtype
+        )
+
+    return call
+
+
+_var = _entry("var")(_variance(1.0))
+_std = _entry("std")(_variance(0.5))
+
+
+@_entry("var_mean")
+def _var_mean(x: Tensor, dims: Any = None, **named: Any) -> Any:
+    return _var(x, dims, **named), _mean(x, dims, named.get("keepdim", False))
+
+
+@_entry("convert_element_type")
+def _convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return pointwise_call(POINTWISE["alias"], dtype, tuple(x.shape), (x,), {})
+
+
 @_entry("linalg_vector_norm")
 def _norm(
     x: Tensor, order: float = 2, dims: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
@@ -363,7 +395,7 @@ def _log_sigmoid(x: Tensor) -> Any:
 @lru_cache(4096)
 def _resolve(func: Any) -> tuple[str, bool]:
     """Return the functional name of an overload and whether it writes to its first argument."""
-    name = func._schema.name.removeprefix("aten::")
+    name = func._schema.name.removeprefix("aten::").removeprefix("prims::")
     inplace = name.endswith("_") and not name.endswith("__")
     return (name[:-1] if inplace else name), inplace
 
@@ -413,7 +445,7 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
         dtype, shape = metadata(func, args, kwargs) if not inplace else _functional_metadata(func, args, kwargs)
         result = pointwise_call(POINTWISE[name], dtype, shape, args, _without_options(kwargs))
     elif inplace or not func._schema.name.startswith("aten::"):
-        raise unsupported(name)
+        raise unsupported(func._schema.name.removeprefix("aten::"))
     else:
         result = _decompose(func, args, kwargs)
     return _write(args[0], result) if inplace else result

@@ -68,16 +68,16 @@ class TracedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, pull: Pull, dtype: torch.dtype, device: torch.device) -> TracedTensor:
-        return torch.Tensor._make_wrapper_subclass(cls, pull.shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(cls, pull.shape, dtype=dtype, device=device)
 
     def __init__(self, pull: Pull, dtype: torch.dtype, device: torch.device) -> None:
         self._pull = pull
         self._aliased = False
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         from .table import dispatch
@@ -90,7 +90,7 @@ class TracedTensor(torch.Tensor):
             refuse_conversion(self, word)
         return value
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"traced({self._pull.at(())!r})" if not self.shape else f"traced{tuple(self.shape)}"
 
     def __format__(self, spec: str) -> str:

@@ -181,7 +181,8 @@ def _once(job: _Attempt, baked: frozenset[str] | None, name: str) -> Traced:
         scalars = _Scalars(state, baked)
         lifter = Lifter(scalars.replace)
         index = tuple(wrap(e, torch.int64) for e in (build.b, build.h, build.q, build.k))
-        mask, score = build.TRUE, build.s
+        mask: Expr = build.TRUE
+        score: Expr = build.s
         if job.mask is not None:
             mask = _call(lifter.mod(job.mask), "mask_mod", job.mask, index)
         if job.score is not None:
@@ -237,8 +238,7 @@ def trace(
         try:
             return _once(job, baked, label)
         except LiftedScalarUsed as error:
-            if error.names <= baked:
-                raise
             baked |= error.names
         except TraceError:
-            return _once(job, None, label)  # perhaps a lifted number was the reason; if not, this says what is
+            break
+    return _once(job, None, label)  # perhaps a lifted number was the reason; if not, this says what is
