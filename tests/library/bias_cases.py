@@ -225,7 +225,12 @@ CASES = {
         tensors=make_token_sizes,
     ),
     "cosine_temperature": Case(
-        "cosine_temperature", square(21), square(231), score=cosine_temperature, tensors=make_temperature
+        "cosine_temperature",
+        square(21),
+        square(231),
+        score=cosine_temperature,
+        tensors=make_temperature,
+        magnitude=0.25,
     ),
     "selective_temperature": Case(
         "selective_temperature",

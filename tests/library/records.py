@@ -97,7 +97,7 @@ def no_tensors(setup: Setup, generator: torch.Generator) -> dict[str, Any]:
 class Case:
     """One program with a small and a middle-sized call and its dense definition.
 
-    ``resizable`` cases make sense at any number of tokens; the others have a grid or halves.
+    ``magnitude`` scales q and k, for programs that multiply scores by much. ``resizable`` cases make sense at any number of tokens; the others have a grid or halves.
     ``mask`` returns a bool tensor that broadcasts to [B, H, Lq, Lk]; ``score`` maps the float64 scores [B, H, Lq, Lk].
     """
 
@@ -108,6 +108,7 @@ class Case:
     score: ScoreFn | None = None
     tensors: TensorsFn = no_tensors
     resizable: bool = True
+    magnitude: float = 1.0
 
     def instance(self, size: str, seed: int = 0) -> Instance:
         """Make the call named ``tiny`` or ``medium``."""
@@ -159,7 +160,8 @@ class Instance:
         generator = torch.Generator().manual_seed(self.seed + 1)
         s = self.shape
         shapes = ((s.B, s.H, s.Lq, d), (s.B, s.Hkv, s.Lk, d), (s.B, s.Hkv, s.Lk, dv or d))
-        return tuple(torch.randn(x, generator=generator, dtype=torch.float32).to(dtype) for x in shapes)
+        q, k, v = (torch.randn(x, generator=generator).to(dtype) for x in shapes)
+        return q * self.case.magnitude, k * self.case.magnitude, v
 
     def dense_mask(self) -> Tensor:
         """Return the mask [B, H, Lq, Lk]."""

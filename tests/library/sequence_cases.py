@@ -297,7 +297,7 @@ def block_diffusion(p: Points) -> Tensor:
 
 
 def make_scales(setup: Setup, g: Generator) -> dict[str, Any]:
-    return {"scale": ids_of([n * n for n in range(1, 30)])[: setup.shape.Lk].contiguous()}
+    return {"level": ids_of([n * n for n in range(1, 30)])[: setup.shape.Lk].contiguous()}
 
 
 def next_scale(p: Points) -> Tensor:

@@ -9,33 +9,12 @@ import sys
 import pytest
 import torch
 from library.bias_cases import t5_bucket
-from library.cases import CASES, Instance
+from library.cases import CASES, bind, program_of
 
+import attnlang as al
 from attnlang import ir, library
 
 SIZES = ("tiny", "medium")
-
-
-def program_of(instance: Instance) -> ir.Program:
-    program = getattr(library, instance.case.program)
-    assert isinstance(program, ir.Program)
-    return program
-
-
-def bind(program: ir.Program, instance: Instance) -> tuple[dict[str, int], dict[str, ir.Scalar]]:
-    """Return the sizes of a call, those of captured tensors included, and its scalar parameters with defaults."""
-    params = {p.name: p.default for p in program.scalars if p.default is not None} | dict(instance.params)
-    sizes = instance.shape.sizes()
-    for tensor in program.tensors:
-        have = instance.captured[tensor.name].shape
-        assert len(have) == len(tensor.shape)
-        for want, n in zip(tensor.shape, have, strict=True):
-            if isinstance(want, ir.Size):
-                assert sizes.setdefault(want.name, n) == n, f"{tensor.name}: {want} is {sizes[want.name]}, not {n}"
-    for tensor in program.tensors:
-        values = [int(ir.evaluate(d, ir.Environment(sizes=sizes, params=params))) for d in tensor.shape]
-        assert values == list(instance.captured[tensor.name].shape), tensor.name
-    return sizes, params
 
 
 def test_every_program_has_a_case() -> None:
@@ -50,6 +29,8 @@ def test_programs_are_documented_and_valid(name: str) -> None:
     assert ir.verify(program) is program
     summary = program.doc.partition("\n\n")[0]
     assert re.search(r"\b(19|20)\d\d\b", program.doc), "the docstring names no paper and year"
+    reserved = {"scale", "backend", "return_lse", *vars(al.Attention)}
+    assert not reserved & {p.name for p in (*program.scalars, *program.tensors)}, "hidden by an argument of the call"
     assert summary.rstrip().endswith(".") and len(summary) > 30
 
 
