@@ -97,8 +97,9 @@ def no_tensors(setup: Setup, generator: torch.Generator) -> dict[str, Any]:
 class Case:
     """One program with a small and a middle-sized call and its dense definition.
 
-    ``magnitude`` scales q and k, for programs that multiply scores by much. ``resizable`` cases make sense at any number of tokens; the others have a grid or halves.
     ``mask`` returns a bool tensor that broadcasts to [B, H, Lq, Lk]; ``score`` maps the float64 scores [B, H, Lq, Lk].
+    ``resizable`` cases make sense at any number of tokens; the others have a grid or halves. ``magnitude`` scales q and
+    k, for programs that multiply scores by much.
     """
 
     program: str
