@@ -36,7 +36,10 @@ def _widen(
 ) -> FloatRange:
     """Round outward, to infinity where float32 may overflow; exact small integers stay as they are."""
     lo, hi = np.where(np.isnan(lo), -np.inf, lo), np.where(np.isnan(hi), np.inf, hi)
-    low, high = lo - np.abs(lo) * relative - absolute, hi + np.abs(hi) * relative + absolute
+    room_low, room_high = (np.where(np.isinf(x), 0.0, np.abs(x) * relative + absolute) for x in (lo, hi))
+    low, high = lo - room_low, hi + room_high
+    if relative == RELATIVE:  # rounding keeps the sign
+        low, high = np.where(lo >= 0, np.maximum(low, 0.0), low), np.where(hi <= 0, np.minimum(high, 0.0), high)
     low, high = np.where(low < -HUGE, -np.inf, low), np.where(high > HUGE, np.inf, high)
     low, high = np.where(low > HUGE, HUGE, low), np.where(high < -HUGE, -HUGE, high)
     if integral:
@@ -109,7 +112,9 @@ def _floordiv(a: FloatRange, b: FloatRange, integral: bool) -> FloatRange:
 def _mod(a: FloatRange, b: FloatRange, integral: bool) -> FloatRange:
     top = np.maximum(np.abs(b.lo), np.abs(b.hi))
     lo, hi = np.where(b.lo >= 0, 0.0, -top), np.where(b.hi <= 0, 0.0, top)
-    return FloatRange(lo, hi, a.nan | b.nan | _infinite(a) | _infinite(b))
+    least = np.where((b.lo <= 0) & (b.hi >= 0), 0.0, np.minimum(np.abs(b.lo), np.abs(b.hi)))
+    overflow = np.maximum(np.abs(a.lo), np.abs(a.hi)) >= HUGE * np.minimum(least, 1.0)  # of the quotient on the way
+    return _widen(lo, hi, a.nan | b.nan | _infinite(a) | _infinite(b) | overflow, integral)
 
 
 def _abs(a: FloatRange, integral: bool) -> FloatRange:
@@ -130,12 +135,12 @@ def _extreme(pick: Callable[[Any, Any], Any]) -> Callable[[FloatRange, FloatRang
 
 
 def _rising(
-    fn: Callable[[Any], Any], low: float = -np.inf, high: float = np.inf
+    fn: Callable[[Any], Any], low: float = -np.inf, closed: bool = False
 ) -> Callable[[FloatRange, bool], FloatRange]:
-    """A function that never falls, defined from ``low`` on; NaN is possible outside and near the edge."""
+    """A function that never falls, defined above ``low`` (and at it, if ``closed``); elsewhere it may be NaN."""
 
     def rule(a: FloatRange, integral: bool) -> FloatRange:
-        outside = (a.lo <= low) if np.isfinite(low) else False
+        outside = ((a.lo < low) | ((a.lo == low) & (not closed))) if np.isfinite(low) else False
         lo = np.where(outside, -np.inf, fn(np.maximum(a.lo, low)))
         return _widen(lo, fn(np.maximum(a.hi, low)), a.nan | outside, False, FUNCTION, FUNCTION)
 
@@ -192,7 +197,7 @@ FLOAT_RULES: dict[str, Callable[..., FloatRange]] = {
     "log": _rising(np.log, 0.0),
     "log2": _rising(np.log2, 0.0),
     "log1p": _rising(np.log1p, -1.0),
-    "sqrt": _rising(np.sqrt, -TINY),
+    "sqrt": _rising(np.sqrt, 0.0, closed=True),
     "rsqrt": _rsqrt,
     "sin": _wave,
     "cos": _wave,

@@ -11,6 +11,7 @@ from attnlang.ir import Program, UsageError
 
 from .classify import Classifier, numbers, prepare
 from .descend import descend
+from .refine import refine
 from .runmap import RunMap
 
 __all__ = ["analyse"]
@@ -46,4 +47,4 @@ def analyse(
     classifier = Classifier(program.mask, sizes, numbers(params or {}, program), prepare(program, tensors or {}), tile)
     batch = sizes.get("B", 1) if classifier.reads_axis("b") else 1
     heads = sizes.get("H", 1) if classifier.reads_axis("h") else 1
-    return descend(classifier, tile, (sizes["Lq"], sizes["Lk"]), batch, heads)
+    return refine(classifier, descend(classifier, tile, (sizes["Lq"], sizes["Lk"]), batch, heads))
