@@ -1,0 +1,189 @@
+"""The backward pass on the C++ target: one fused kernel for dq, dk, dv and the gradients of captured tensors.
+
+Query blocks are walked along the forward run map; weights are recomputed from the saved lse. All query blocks that add
+to one key head are worked on in a fixed order by one thread, or split into shares with buffers of their own, so
+gradients are the same bits whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnlang.ir import Expr, Index, Load, postorder
+from attnlang.passes.levels import Level
+from attnlang.passes.widths import Width
+
+from . import cpp
+from .cpp_arguments import Arguments, Field, arguments
+from .cpp_printer import ELEMENTS, VECTORS, CppPrinter
+from .isa import Isa
+from .plan import CapturedGrad, KernelPlan, Section
+
+__all__ = ["ENTRY", "backward_arguments", "emit_backward", "private_axes"]
+
+ENTRY = "attnlang_backward"
+"""Name of the exported function."""
+
+
+@dataclass(frozen=True)
+class _GradText:
+    """Text for one captured gradient: where it is added up and how a pair adds to it."""
+
+    name: str
+    level: Level
+    derivative: str
+    offset: str
+
+    @property
+    def lanes(self) -> bool:
+        """Whether it is summed over keys in registers."""
+        return self.level in (Level.GRID, Level.ROW)
+
+    @property
+    def is_col(self) -> bool:
+        return self.level is Level.COL
+
+    @property
+    def pointer(self) -> str:
+        place = {
+            Level.GRID: "head * blocks + block",
+            Level.ROW: "head * a.n_Lq",
+            Level.COL: "(split * a.n_B * a.n_H + head) * a.n_Lk",
+            Level.PAIR: " + ".join(
+                f"{of} * a.{self.name}_{axis}" for of, axis in (("key_batch", "b"), ("key_head", "h"), ("split", "q"))
+            ),
+        }
+        return f"float *{self.name} = a.{self.name} + {place[self.level]};"
+
+    def update(self, masked: bool) -> str:
+        value = f"dlogit * ({self.derivative})"
+        value = f"(seen ? {value} : vfloat{{}})" if masked else value
+        if self.level is Level.PAIR:
+            return f"scatter({self.name}, {self.offset}, {value});"
+        return f"{self.name}_sum{'' if self.is_col else '[w]'} += {value};"
+
+    @property
+    def store(self) -> str:
+        body = f"{self.name}[first + w * LANES + lane] = {self.name}_sum[w][lane];"
+        if self.level is Level.GRID:
+            return f"for (int w = 0; w < ROW_VECTORS; ++w) *{self.name} += total({self.name}_sum[w]);"
+        tail = "if (first + w * LANES + lane < a.n_Lq)"
+        return f"for (int w = 0; w < ROW_VECTORS; ++w) for (int lane = 0; lane < LANES; ++lane) {tail} {body}"
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Text of the key loop of one kind of tile."""
+
+    col: list[str]
+    pair: list[str]
+    score: str
+    mask: str
+    dscore: str
+    uses_key: bool
+
+
+def private_axes(load: Load) -> frozenset[str]:
+    """Return the axes on which two pairs may meet in one element of the tensor ``load`` reads.
+
+    An index that is exactly ``b``, ``h`` or ``q`` keeps apart what differs there; every other axis needs buffers of its
+    own for work that runs at the same time.
+    """
+    plain = {index.axis for index in load.indices if isinstance(index, Index)}
+    return frozenset("bhq") - plain
+
+
+def backward_arguments(plan: KernelPlan) -> Arguments:
+    """Return the argument record of the backward kernel: the forward record and what gradients need."""
+    base = arguments(plan)
+    extra = [
+        Field("dout", "const void *", ("pointer", "dout")),
+        Field("delta", "const float *", ("pointer", "delta")),
+        Field("dq", "void *", ("pointer", "dq")),
+        Field("dk", "float *", ("pointer", "dk")),
+        Field("dv", "float *", ("pointer", "dv")),
+        Field("splits", "int64", ("extent", "dk", "0")),
+    ]
+    for i, grad in enumerate(plan.grads):
+        extra.append(Field(f"d{i}", "float *", ("pointer", f"d{i}")))
+        if grad.level is Level.PAIR:
+            # a buffer is [batch shares, head shares, query shares, *shape]; shares that need no buffer have stride 0
+            extra += [Field(f"d{i}_{axis}", "int64", ("stride", f"d{i}", str(n))) for n, axis in enumerate("bhq")]
+            rank = len(grad.load.indices)
+            extra += [Field(f"d{i}_s{n}", "int64", ("stride", f"d{i}", str(n + 3))) for n in range(rank)]
+    return Arguments((*base.fields, *extra), base.locals)
+
+
+class _Printer(CppPrinter):
+    def offset(self, load: Load, buffer: str) -> str:
+        """Offsets of the element ``load`` reads, one a lane, in a buffer with strides of its own."""
+        terms = []
+        for n, (index, (low, high)) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True)):
+            text = self._clamped(index, Level.PAIR, True, f"t_{load.tensor}_n{n}", low, high)
+            wide = text if self.plan.width(index) is Width.I64 else f"to<vint64>({text})"
+            terms.append(f"{wide} * a.{buffer}_s{n}")
+        return " + ".join(terms)
+
+
+def _grad(printer: _Printer, grad: CapturedGrad, number: int) -> _GradText:
+    name = f"d{number}"
+    offset = printer.offset(grad.load, name) if grad.level is Level.PAIR else ""
+    return _GradText(name, grad.level, printer.text(grad.derivative, Level.PAIR), offset)
+
+
+def _section(
+    printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None, dscore: Expr | None
+) -> _Section:
+    text = cpp._loop(printer, section, score, mask)
+    dtext = "dlogit" if dscore is None else f"dlogit * ({printer.text(dscore, Level.PAIR)})"
+    roots = [v.expr for v in (*section.col, *section.pair)] + [e for e in (score, mask, dscore) if e is not None]
+    uses_key = any(isinstance(n, Index) and n.axis == "k" for n in postorder(*roots))
+    return _Section(text.col, text.pair, text.score, text.mask, dtext, uses_key)
+
+
+def _reads_query(row: list[str], full: _Section, partial: _Section, grads: list[_GradText]) -> bool:
+    text = [*row, *full.pair, *partial.pair]
+    text += [full.score, full.dscore, partial.score, partial.mask]
+    return "query[w]" in "".join(text + [g.derivative + g.offset for g in grads])
+
+
+def emit_backward(plan: KernelPlan, isa: Isa) -> str:
+    """Return the C++ source of the backward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
+    printer = _Printer(plan)
+    grid = [cpp._declare(printer, v) for v in plan.grid]
+    row_declarations = [f"{VECTORS[plan.width(v.expr)]} {v.name}[ROW_VECTORS];" for v in plan.row]
+    row = [line for v in plan.row for line in (f"// {v.comment}", f"{v.name}[w] = {printer.value(v)};")]
+    full = _section(printer, plan.full, plan.score, None, plan.dscore)
+    partial = _section(printer, plan.partial, plan.score, plan.mask, plan.dscore)
+    grads = [_grad(printer, g, i) for i, g in enumerate(plan.grads)]
+    key_batch, key_head = (printer.text(e, Level.GRID) for e in (plan.key_batch, plan.key_head))
+    record = backward_arguments(plan)
+    return (
+        cpp._environment()
+        .get_template("cpp_backward.j2")
+        .render(
+            header=cpp._header(plan, isa),
+            isa=isa,
+            head_dim=plan.head_dim,
+            value_dim=plan.value_dim,
+            element=ELEMENTS[plan.dtype],
+            arguments=record,
+            size_locals=[line for line in record.locals if " n_" in line],
+            operators=printer.helpers | {need for name in printer.helpers for need in cpp._NEEDS.get(name, ())},
+            poly=cpp._POLYNOMIALS,
+            grid=grid,
+            row=row,
+            row_declarations=row_declarations,
+            uses_query=_reads_query(row, full, partial, grads),
+            query_type=VECTORS[Width.I32],
+            full=full,
+            partial=partial,
+            grads=grads,
+            key_batch=key_batch,
+            key_head=key_head,
+            fold="(float)a.scale" if plan.score is not None else "(float)(a.scale * 1.4426950408889634)",
+            unit="LOG2_E" if plan.score is not None else "1.0f",
+            key_blocks=cpp._block_sizes(isa.keys),
+            entry=ENTRY,
+        )
+    )
