@@ -11,11 +11,12 @@ import torch
 from attnlang.ir import Program, Scalar, UsageError, digest, format_program, reference_attention, verify
 from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch
-from attnlang.runtime.bind import Binder, Bound
+from attnlang.runtime.bind import Binder, Bound, suggest
 from attnlang.runtime.call import Call
 from attnlang.runtime.runs import run_maps
 
 if TYPE_CHECKING:
+    from attnlang.grammar import Module
     from attnlang.sparsity import RunMap
     from attnlang.tracing import Traced
 
@@ -39,6 +40,14 @@ def program(mask: Mod | None = None, score: Mod | None = None, *, name: str | No
     return trace(mask, score, name=name)
 
 
+def _pick(module: Module, pattern: str | None) -> Program:
+    if pattern is None:
+        return module.default
+    if pattern not in module.patterns:
+        raise UsageError(f"{module.filename} has no pattern {pattern!r}{suggest(pattern, module.patterns)}")
+    return module.patterns[pattern]
+
+
 def parse(text: str, pattern: str | None = None) -> Program:
     """Return the last pattern of ``.attn`` text, or the one named ``pattern``.
 
@@ -47,7 +56,7 @@ def parse(text: str, pattern: str | None = None) -> Program:
     """
     from attnlang.grammar import parse as parse_text
 
-    return parse_text(text, pattern)
+    return _pick(parse_text(text), pattern)
 
 
 def load(path: str | Path, pattern: str | None = None) -> Program:
@@ -58,7 +67,7 @@ def load(path: str | Path, pattern: str | None = None) -> Program:
     """
     from attnlang.grammar import load as load_file
 
-    return load_file(path, pattern)
+    return _pick(load_file(path), pattern)
 
 
 def compile(program: Program | Traced, *, backend: str | None = None, **static: Scalar) -> Attention:
@@ -149,7 +158,7 @@ class Attention:
         from attnlang.runtime.source import source
 
         storage = {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
-        return source(self.program, target, head_dim, value_dim or head_dim, dtype, storage)
+        return source(self.program, target, head_dim, head_dim if value_dim is None else value_dim, dtype, storage)
 
     def explain(self, q_len: int, kv_len: int, *, B: int = 1, H: int = 1, **captured: Any) -> Any:
         """Return a printable report: why tiles are empty, full or partial at these lengths.
