@@ -133,12 +133,12 @@ def _hint(token: Token, expected: set[str], source: Source) -> str:
         return f"the `{opener}` on line {opener.line} may be missing its `{')' if opener == '(' else ']'}`"
     if token.type == "ASSIGN":
         return "write `==` to compare, or `let name = ...` to name a value"
+    if token.type == "RETURN":
+        return "a pattern says `mask = ...` or `score = ...`; only `def` returns a value"
     if token.type in _KEYWORDS and "NAME" in expected:
         return f"`{text}` is a word of the language; choose another name"
     if text in _PYTHON:
         return _PYTHON[text]
-    if token.type == "RETURN":
-        return "a pattern says `mask = ...` or `score = ...`; only `def` returns a value"
     if token.type in ("NEWLINE", "DEDENT") and "INDENT" in expected:
         return "indent the lines of the block"
     if token.type == "NEWLINE" and {"COLON", "ASSIGN"} <= expected:

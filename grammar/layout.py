@@ -103,7 +103,8 @@ def layout(tokens: Iterator[Token], source: Source) -> Iterator[Token]:
             if first:
                 if not token.endswith("\n"):
                     line = (token.line or 1) + token.count("\n")
-                    raise source.error(Span(line, 1, line, 2), "ATL103", "the first definition is indented")
+                    width = len(token) - token.rindex("\n")
+                    raise source.error(Span(line, 1, line, width), "ATL103", "the first definition is indented")
             elif not state.open:
                 yield from state.line_end(token)
             continue

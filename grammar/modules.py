@@ -23,6 +23,7 @@ __all__ = ["Module", "load", "parse"]
 
 MAX_IMPORT_DEPTH = 16
 MAX_FILES = 200
+MAX_CHARACTERS = 4 * MAX_BYTES
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -87,6 +88,8 @@ def _read(path: Path, shown: str) -> str:
             raise _problem(shown, "this is not a regular file")
         with open(descriptor, "rb") as file:
             data = file.read(MAX_BYTES + 1)
+    except AttnError:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a valid path"
         raise _problem(shown, f"the file cannot be read: {reason}") from None
@@ -103,7 +106,8 @@ class _Loader:
 
     def __init__(self, search_paths: Iterable[PathLike]) -> None:
         self.search_paths = tuple(Path(p) for p in search_paths)
-        self.done: dict[Path, Module] = {}
+        self.done: dict[Path, Module | AttnError] = {}
+        self.characters = 0
         self.chain: list[tuple[Path, str]] = []
         self.budget = Budget()
 
@@ -117,11 +121,19 @@ class _Loader:
             self.chain.append((real, shown))
             try:
                 self.done[real] = self.compile(text, shown, real.parent)
+            except AttnError as error:
+                self.done[real] = error  # a wrong file is compiled once, however often it is imported
             finally:
                 self.chain.pop()
-        return self.done[real]
+        result = self.done[real]
+        if isinstance(result, AttnError):
+            raise result
+        return result
 
     def compile(self, text: str, filename: str, folder: Path | None) -> Module:
+        self.characters += len(text)
+        if self.characters > MAX_CHARACTERS:
+            raise _problem(filename, f"this file and its imports have more than {MAX_CHARACTERS} characters")
         tree, source = parse_source(text, filename)
         collector = Collector()
         names = Names()
@@ -302,8 +314,9 @@ def _in_order(
                 state[use.id] = "open"
                 pending[use.id] = [n for n in _uses(table[use.id]) if n.id in table]
                 path.append(use.id)
-            elif use.id in path:
-                _report_cycle([*path[path.index(use.id) :], use.id], use, source, collector)
+            elif state[use.id] != "done" and use.id in path:
+                if state[here] == "open":
+                    _report_cycle([*path[path.index(use.id) :], use.id], use, source, collector)
                 state[here] = "cyclic"
                 names.templates[here] = None
     return out

@@ -21,7 +21,7 @@ def environment(program, params=None, tensors=None, sizes=SIZES):
     values = {p.name: p.default for p in program.scalars} | (params or {})
     full = [sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"]]
     s = torch.randn(full, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ir.Environment(dict(b=b, h=h, q=q, k=k), sizes, values, tensors or {}, {"s": s})
+    return ir.Environment({"b": b, "h": h, "q": q, "k": k}, sizes, values, tensors or {}, {"s": s})
 
 
 def mask_of(program, params=None, tensors=None, sizes=SIZES):

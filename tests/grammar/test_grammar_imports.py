@@ -7,7 +7,8 @@ from attnlang.grammar import AttnError, load, parse
 
 from attnlang import ir
 
-BASE = "pattern causal: mask = k <= q\npattern sliding_window(window: int = 4): mask = q - k < window\ndef f(x: int) = x + 1\n"
+BASE = "pattern causal: mask = k <= q\npattern sliding_window(window: int = 4): mask = q - k < window\n"
+BASE += "def f(x: int) = x + 1\n"
 
 
 def write(folder, **files):
@@ -50,8 +51,8 @@ def test_search_paths_serve_texts_and_nested_folders(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd.attn", "../secret.attn", "a/../../secret.attn", "..\\secret.attn", "C:/x.attn", "x\x07.attn", "~/x.txt",
-     "/etc/passwd", "base", "base.py", ".attn/", "https://x.y/z.attn", "a" * 2000 + ".attn"],
+    ["/etc/passwd.attn", "../secret.attn", "a/../../secret.attn", "..\\secret.attn", "C:/x.attn", "x\x07.attn",
+     "~/x.txt", "/etc/passwd", "base", "base.py", ".attn/", "https://x.y/z.attn", "a" * 2000 + ".attn"],
 )  # fmt: skip
 def test_paths_that_are_refused(tmp_path, path):
     write(tmp_path, secret=BASE)

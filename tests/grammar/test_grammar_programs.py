@@ -181,8 +181,10 @@ def test_zero_dimensional_tensor():
 def test_operators_mean_what_they_mean_in_python():
     for text in (
         "7 // -2", "-7 % 3", "7 / 2", "2 ** 10", "2 ** -1", "-3 ** 2", "2 ** 3 ** 2", "1 << 5 >> 2", "6 & 3 | 8 ^ 1",
-        "~5", "+3", "1 < 2 < 3", "3 > 2 == 2", "1 if 2 > 3 else 4 if 0 > 1 else 5", "not 1 > 2", "1 > 2 or 3 > 2 and 1 > 0",
-        "0x1F + 0b11 + 1_000", "1e-3 + .5 + 2.", "7.5 // 2", "-7.5 % 2", "min(3, 1, 2) + max(1, 2)", "abs(-3)", "2 - 3 - 4",
+        "~5", "+3", "1 < 2 < 3", "3 > 2 == 2", "1 if 2 > 3 else 4 if 0 > 1 else 5", "not 1 > 2",
+        "1 > 2 or 3 > 2 and 1 > 0",
+        "0x1F + 0b11 + 1_000", "1e-3 + .5 + 2.", "7.5 // 2", "-7.5 % 2", "min(3, 1, 2) + max(1, 2)", "abs(-3)",
+        "2 - 3 - 4",
         "(1 > 0) + (2 > 1)", "(1 > 0) != (1 > 2)", "(1 > 0) == (2 > 1)",
     ):  # fmt: skip
         assert value(text) == float(eval(text)), text  # the texts above, not a user's
@@ -221,8 +223,8 @@ def test_every_function_of_the_table_can_be_called_as_its_signature_says():
 
 
 def test_defaults_may_be_any_constant_expression():
-    program = parse("pattern p(a: float = 1, b: float = log2(8.0) / 2, c: int = 2 * 3, d: bool = true, e: float = -inf):"
-                    "\n    mask = q < a + b + c or d or e < 0\n").default  # fmt: skip
+    program = parse("pattern p(a: float = 1, x: float = log2(8.0) / 2, c: int = 2 * 3, d: bool = true,"
+                    " e: float = -inf):\n    mask = q < a + x + c or d or e < 0\n").default  # fmt: skip
     assert [p.default for p in program.scalars] == [1.0, 1.5, 6, True, float("-inf")]
     assert type(program.scalars[0].default) is float and type(program.scalars[2].default) is int
 

@@ -1,0 +1,256 @@
+# ruff: noqa: E501 -- one case per line
+"""Every kind of mistake: its code, its place, its words and its help.
+
+Each case is a text in which «...» marks what the caret must underline, the code, a piece of the message and a piece of
+the hint.
+"""
+
+import pytest
+from attnlang.grammar import CODES, AttnError, parse
+
+from attnlang import ir
+
+P = "pattern p:\n    "
+
+CASES = {
+    # names
+    "unknown": ("pattern p(window: int):\n    mask = q - k < «windw»", "ATL200", "`windw`", "did you mean `window`?"),
+    "unknown nothing close": (P + "mask = «zzzzzz» < 3", "ATL200", "unknown name `zzzzzz`", ""),
+    "python true": (P + "mask = «True»", "ATL200", "`True`", "write `true`"),
+    "size case": (P + "mask = k < «lk»", "ATL200", "`lk`", "`Lk`"),
+    "later": (P + "mask = «far»\n    let far = q > k", "ATL200", "before it is defined", "line 3"),
+    "unknown function": (P + "mask = «expp»(q) > 0", "ATL200", "`expp`", "`exp`"),
+    "unknown pattern": ("pattern causal: mask = k <= q\npattern p = «casual»", "ATL200", "`casual`", "`causal`"),
+    "unknown module": (P + "mask = «lib».f(q)", "ATL200", "no imported file is called `lib`", ""),
+    "unknown type": ("pattern p(x: «integer»): mask = x > q", "ATL200", "`integer`", "write `int`"),
+    "lower-case size": ("pattern p(t: float[«n»]): score = s + t[h]", "ATL200", "`n`", "capital letter"),
+    "call a tensor": ("pattern p(t: float[H]): score = «t»(h)", "ATL200", "`t`", "t[...]"),
+    "part of a number": ("pattern p(x: int): mask = «x.y» < 3", "ATL200", "no part `y`", "q and k"),
+    "function as value": (P + "mask = «exp» < 3", "ATL203", "is a function", "exp(...)"),
+    "pattern as value": ("pattern a: mask = q < k\n" + P + "mask = «a» and q < 3", "ATL203", "is a pattern", "a(...)"),
+    # duplicates
+    "parameter twice": ("pattern p(x: int, «x»: float): mask = x > 3", "ATL201", "`x` is defined twice", "rename"),
+    "let twice": (P + "let x = 1\n    let «x» = 2\n    mask = q < x", "ATL201", "`x` is defined twice", "rename"),
+    "let hides parameter": ("pattern p(x: int):\n    let «x» = 2\n    mask = q < x", "ATL201", "twice", ""),
+    "pattern twice": ("pattern p: mask = q < k\npattern «p»: mask = q < k", "ATL201", "twice", ""),
+    "pattern and helper": ("def p(x: int) = x\npattern «p»: mask = q < k", "ATL201", "on line 1", ""),
+    "mask twice": (P + "mask = q < k\n    «mask» = k < q", "ATL206", "the first is on line 2", "and"),
+    "grid twice": (P + "grid q = (x: 3)\n    grid «q» = (x: 3)\n    mask = q.x < 2", "ATL201", "grid already", ""),
+    "coordinate twice": (P + "grid q = (x: 3, «x»: 4)\n    mask = q < 2", "ATL201", "`x` is defined twice", ""),
+    # names of the language
+    "parameter q": ("pattern p(«q»: int): mask = q < k", "ATL202", "`q` is a name of the language", ""),
+    "let s": (P + "let «s» = 3\n    mask = q < k", "ATL202", "`s`", ""),
+    "let mask": (P + "let «mask» = q < k\n    mask = q < k", "ATL202", "`mask`", ""),
+    "def exp": ("def «exp»(x: float) = x", "ATL202", "built-in function", ""),
+    "keyword": ("pattern «if»: mask = q < k", "ATL104", "expected a name", "word of the language"),
+    # types
+    "int mask": (P + "mask = «q - k»", "ATL203", "a mask must be bool, got int", "compare"),
+    "bool score": (P + "score = «q < k»", "ATL203", "a score must be float, got bool", "mask ="),
+    "and of ints": (P + "mask = «q and k»", "ATL203", "`and` cannot be applied to int and int", "compare"),
+    "not of int": (P + "mask = «not q»", "ATL203", "`not` cannot be applied to int", "compare"),
+    "bits of float": (P + "mask = «1.5 & q» > 0", "ATL203", "`&` cannot be applied to float and int", "int(...)"),
+    "shift of float": (P + "mask = «q << 1.5» > 0", "ATL203", "`<<`", "int(...)"),
+    "int condition": (P + "mask = (q if «k» else 3) < 3", "ATL203", "must be bool, got int", "compare"),
+    "float index": ("pattern p(t: float[Lk]): score = t[«s»]", "ATL203", "an index must be int", "int(...)"),
+    "narrow argument": ("def f(x: int) = x\n" + P + "mask = f(«0.5») < 3", "ATL203", "must be int, got float", "int("),
+    "narrow result": ("def f(x: float) -> int = «x»", "ATL203", "the result of `f` must be int, got float", "int("),
+    "call a number": (P + "mask = («3»)(q) < 3", "ATL203", "can be called", ""),
+    "builtin type": (P + "mask = «where(q, 1, 2)» < 3", "ATL203", "(int, int, int)", "where(c: bool, a, b)"),
+    # arguments
+    "too many for exp": (P + "mask = «exp(q, k)» > 0", "ATL204", "takes 1 argument, got 2", "exp(x: float)"),
+    "too few for min": (P + "mask = «min(q)» > 0", "ATL204", "at least 2 arguments, got 1", ""),
+    "named for exp": (P + "mask = exp(«x=q») > 0", "ATL204", "no named arguments", ""),
+    "helper too many": ("def f(x: int) = x\n" + P + "mask = f(q, «k») > 0", "ATL204", "takes 1 argument, got 2", "x"),
+    "helper too few": ("def f(x: int, y: int) = x\n" + P + "mask = «f(q)» > 0", "ATL204", "needs a value for `y`", ""),
+    "helper wrong name": ("def f(xx: int) = xx\n" + P + "mask = f(«x»=q) > 0", "ATL204", "no parameter `x`", "`xx`"),
+    "given twice": ("def f(x: int) = x\n" + P + "mask = f(q, «x=q») > 0", "ATL204", "is given twice", ""),
+    "positional after named": ("def f(x: int, y: int) = x\n" + P + "mask = f(x=q, «k») > 0", "ATL204", "follow", ""),
+    "static from runtime": (
+        "pattern a(static n: int): mask = q < n\npattern p(m: int) = a(«m»)", "ATL204", "static", "declare",
+    ),
+    "size from tensor": (
+        "pattern a(n: int):\n    grid q = (y: n, x: n)\n    mask = q.x < 2\npattern p(t: int[H]) = a(«t[h]»)",
+        "ATL204", "sets a size", "",
+    ),
+    "score as argument": ("pattern a(n: float): mask = q < n\npattern p = a(«s»)", "ATL213", "not known", ""),
+    # captured tensors
+    "bare tensor": ("pattern p(t: float[H, Lq]): score = s + «t»", "ATL205", "without an index", "t[h, q]"),
+    "rank": ("pattern p(t: float[H]): score = s + «t[h, q]»", "ATL205", "1 dimension(s), indexed with 2", "float[H]"),
+    "index a number": ("pattern p(x: int): mask = «x»[3] < 3", "ATL205", "is a number", ""),
+    "index an index": (P + "mask = «q»[3] < 3", "ATL205", "is a number", ""),
+    "static tensor": ("pattern p(«static t: float[H]»): score = s", "ATL205", "cannot be static", "remove"),
+    "tensor argument": ("def f(t: int[N]) = t[0]\n" + P + "mask = f(«q») < 3", "ATL205", "name of a captured", ""),
+    "tensor rank": (
+        "def f(t: int[N]) = t[0]\npattern p(u: int[H, Lk]): mask = f(«u») < 3", "ATL205", "1 dimension(s), but", "",
+    ),
+    "tensor type": ("def f(t: int[N]) = t[0]\npattern p(u: bool[H]): mask = f(«u») < 3", "ATL203", "holds bool", ""),
+    "tensor shape": (
+        "def f(t: int[Lk]) = t[0]\npattern p(u: int[Lq]): mask = f(«u») < 3", "ATL212", "is Lq, but `f` needs Lk", "",
+    ),
+    "size is two things": (
+        "def f(t: int[N, N]) = t[0, 0]\npattern p(u: int[H, Lk]): mask = f(«u») < 3", "ATL212", "both H and Lk", "",
+    ),
+    "unbound size": ("pattern p(t: float[2 * «N»]): score = s + t[h]", "ATL212", "size `N` cannot be found", "`N: int`"),
+    "float dimension": ("pattern p(t: float[«0.5»]): score = s + t[h]", "ATL212", "must be int, got float", ""),
+    "negative dimension": ("pattern p(t: float[«-1»]): score = s + t[h]", "ATL212", "cannot be -1", ""),
+    "index in a shape": ("pattern p(t: float[«q»]): score = s + t[h]", "ATL213", "not known in the shape", ""),
+    # bodies
+    "no body": ('pattern «p»:\n    """Nothing."""', "ATL206", "neither a mask nor a score", "mask ="),
+    "only lets": ("pattern «p»:\n    let x = 3", "ATL206", "neither a mask nor a score", ""),
+    "unknown statement": (P + "«maks» = q < k", "ATL206", "no statement `maks = ...`", "`mask`"),
+    "assignment": (P + "let x = 1\n    «x» = 2\n    mask = q < x", "ATL206", "cannot be assigned again", "let"),
+    "s in a mask": (P + "mask = «s» > 0", "ATL213", "the score `s` is not known in a mask", "before"),
+    "s through let": (P + "let x = s * 2\n    mask = «x» > 0", "ATL213", "depends on the score", ""),
+    "s in a helper": ("def f(x: float) = x * «s»", "ATL213", "not known in a helper", ""),
+    "q in a helper": ("def f(x: int) = x + «q»", "ATL213", "not known in a helper", "argument"),
+    "helper without return": ("def f(x: int):\n    let y = x«", "ATL103", "expected `let` or `return`", "return"),
+    "return in a pattern": (P + "«return» q < k", "ATL104", "`return`", "only `def`"),
+    "recursion": ("def f(x: int) = g(x)\ndef g(x: int) = «f»(x)", "ATL207", "f -> g -> f", "recursion"),
+    "own pattern": ("pattern p = «p» & p", "ATL207", "p -> p", ""),
+    "bad default": ("pattern p(x: int = «1.5»): mask = q < x", "ATL208", "is float, but the parameter is int", "float"),
+    "default bool": ("pattern p(x: int = «true»): mask = q < x", "ATL208", "is bool, but", ""),
+    "default reads a name": ("pattern p(x: int, y: int = «x»): mask = q < y", "ATL200", "`x`", ""),
+    "default for a tensor": ("pattern p(t: float[H] = «0.0»): score = t[h]", "ATL208", "cannot have a default", ""),
+    # grids
+    "no grid": (P + "mask = «q.x» < 3", "ATL209", "`q` has no grid", "grid q ="),
+    "no coordinate": (P + "grid q = (y: 3, x: 4)\n    mask = q.«z» < 3", "ATL209", "no coordinate `z`", "y, x"),
+    "grid of h": (P + "grid «h» = (y: 3, x: 4)\n    mask = q < 3", "ATL209", "cannot have a grid", ""),
+    "four coordinates": (P + "«grid q = (a: 2, c: 2, d: 2, e: 2)»\n    mask = q < 3", "ATL209", "at most 3", ""),
+    "empty extent": (P + "grid q = (a: «0»)\n    mask = q < 3", "ATL209", "cannot be 0", ""),
+    "float extent": (P + "grid q = (a: «2.5»)\n    mask = q < 3", "ATL209", "must be int", ""),
+    # compositions
+    "or of a score": (
+        "pattern a: mask = q < k\npattern c: score = s * 2\npattern p = a | «c»", "ATL210", "`c` changes the score", "&",
+    ),
+    "not of a score": ("pattern c: score = s * 2\npattern p = ~«c»", "ATL210", "only mask", ""),
+    "score as condition": ("pattern c: score = s * 2\n" + P + "mask = «c()» and q < k", "ATL210", "not a condition", ""),
+    "and of patterns": ("pattern a: mask = q < k\npattern p = «a and a»", "ATL210", "not a pattern", "`&`"),
+    "condition": ("pattern a: mask = q < k\npattern p = a & («q < 3»)", "ATL210", "not a pattern", "mask ="),
+    "helper": ("def f(x: int) = x\npattern p = «f(3)»", "ATL210", "is a helper", ""),
+    "types clash": (
+        "pattern a(w: int): mask = q < w\npattern c(w: float): mask = q < w\npattern p = a & «c»",
+        "ATL211", "`w` is int in `a`, but float in `c`", "c(w=...)",
+    ),
+    "defaults clash": (
+        "pattern a(w: int = 1): mask = q < w\npattern c(w: int = 2): mask = q < w\npattern p = a & «c»",
+        "ATL211", "default 1 in `a`, but 2 in `c`", "declare",
+    ),
+    "shapes clash": (
+        "pattern a(w: int[H]): mask = q < w[h]\npattern c(w: int[Lk]): mask = q < w[k]\npattern p = a & «c»",
+        "ATL211", "int[H] in `a`, but int[Lk] in `c`", "",
+    ),
+    "size and parameter": (
+        "pattern a(w: int[N]): mask = q < w[h]\npattern c(N: int): mask = q < N\npattern p = a & «c»",
+        "ATL211", "`N` is a parameter and a size", "",
+    ),
+    # numbers
+    "large int": (P + "mask = q < «99999999999999999999»", "ATL107", "larger than", ""),
+    "huge int": (P + f"mask = q < «{'9' * 9999}»", "ATL107", "larger than", ""),
+    "large float": (P + "mask = q < «1e999»", "ATL107", "too large", "inf"),
+    "large power": (P + "mask = q ** «100» < 3", "ATL107", "at most 64", "float"),
+    "no digits": (P + "mask = q < «0x_»", "ATL101", "no digits", ""),
+    # layout
+    "no colon": ("pattern p(x: int)«\n    mask = q < x", "ATL104", "unexpected end of the line", "end the line with `:`"),
+    "no indent": ("pattern p:\n«mask» = q < k", "ATL103", "expected an indented block", ""),
+    "indented start": ("«    »pattern p: mask = q < k", "ATL103", "first definition is indented", ""),
+    "indented start later": ("\n\n«    »pattern p: mask = q < k", "ATL103", "first definition is indented", ""),
+    "tabs and spaces": (P + "mask = q < k\n«\t»score = s", "ATL103", "mixes tabs and spaces", "spaces"),
+    "dedent to nowhere": ("pattern p:\n      mask = q < k\n«   »score = s", "ATL103", "matches no block", "0, 6"),
+    "deeper": (P + "mask = q < k\n«      »score = s", "ATL103", "unexpected indentation", ""),
+    "never closed": (P + "mask = «(»q < k", "ATL105", "`(` is never closed", "`)`"),
+    "never closed before pattern": (P + "mask = min«(»q, k\npattern a: mask = q < k", "ATL105", "never closed", ""),
+    "never closed before score": (P + "mask = (q < k\n    «score» = s", "ATL104", "`score`", "line 2 may be missing"),
+    "closes nothing": (P + "mask = q < k«)»", "ATL105", "closes nothing", ""),
+    "wrong bracket": (P + "mask = (q < k«]»", "ATL105", "`]` where `)` was expected", ""),
+    "string": ('pattern p:\n    «"""Doc\n    mask = q < k', "ATL102", "does not end", "quotes"),
+    "import string": ('import «"x.attn as x', "ATL102", "does not end", ""),
+    # signs and words
+    "single equals": (P + "mask = q «=» k", "ATL104", "unexpected `=`", "`==`"),
+    "double ampersand": (P + "mask = q < k &«&» q > 3", "ATL104", "unexpected `&`", "write `and`"),
+    "exclamation": (P + "mask = «!»(q < k)", "ATL101", "`!`", "write `not`"),
+    "semicolon": (P + "mask = q < k«;» score = s", "ATL101", "`;`", "own line"),
+    "odd character": (P + "mask = q «≤» k", "ATL101", "`≤`", ""),
+    "control character": (P + "mask = q «\x1b» k", "ATL101", "U+001B", ""),
+    "backslash": (P + "mask = q < «\\»\n  k", "ATL101", "", "parentheses"),
+    "loop": (P + "«for» x in q:\n        mask = q < k", "ATL104", "`for`", "no loops"),
+    "missing operand": (P + "mask = not«", "ATL104", "expected an expression", ""),
+    "missing else": (P + "mask = q < k if q > 3«", "ATL104", "expected `else`", ""),
+    "untyped parameter": ("pattern p(x«)»: mask = q < x", "ATL104", "expected `:`", ""),
+    "misspelt pattern": ("«patern» p: mask = q < k", "ATL104", "`patern`", "`pattern`"),
+    "end of file": ("pattern p(x: int) =«", "ATL104", "end of the line; expected an expression", ""),
+    "weights": (P + "«weights» = s", "ATL108", "reserved for a later version", ""),
+    "normalize": (P + "«normalize» = s", "ATL108", "reserved", ""),
+    "group": (P + "«group» = q // 3", "ATL108", "reserved", ""),
+    "outputs": (P + "«outputs» lse, o", "ATL108", "reserved", ""),
+    "select": (P + "«select» top 3", "ATL108", "reserved", ""),
+    "branch": (P + "«branch» near:\n        mask = q < k", "ATL108", "reserved", ""),
+    # imports
+    "import of another kind": ('import «"x.py"» as x', "ATL300", "must end in .attn", '"x.py.attn"'),
+    "import above": ('import «"../x.attn"» as x', "ATL300", "not allowed", "no `..`"),
+    "import without as": ('import "x.attn"«', "ATL104", "expected `as`", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake(name):
+    marked, code, message, hint = CASES[name]
+    text = marked.replace("«", "").replace("»", "")
+    before = marked[: marked.index("«")]
+    line = before.count("\n") + 1
+    column = len(before) - (before.rfind("\n") + 1) + 1
+    with pytest.raises(AttnError) as caught:
+        parse(text, filename="t.attn")
+    error = caught.value
+    assert (error.code, error.line, error.column) == (code, line, column), str(error)
+    assert message in error.message and hint in error.hint, str(error)
+    assert len(error.diagnostics) == 1, str(error)
+    assert code in CODES
+    if "»" in marked:
+        underlined = marked[marked.index("«") + 1 : marked.index("»")]
+        assert error.end_column - error.column == len(underlined), str(error)
+
+
+def test_every_code_is_tested():
+    elsewhere = {"ATL100", "ATL106", "ATL301", "ATL302", "ATL303"}  # limits and imports have files of their own
+    assert {case[1] for case in CASES.values()} | elsewhere == set(CODES)
+
+
+def test_rendering():
+    with pytest.raises(AttnError) as caught:
+        parse("pattern p(window: int):\n    mask = q - k < windw\n", filename="band.attn")
+    assert str(caught.value) == (
+        "band.attn:2:20: error[ATL200]: unknown name `windw`\n"
+        "   2 |     mask = q - k < windw\n"
+        "     |                    ^^^^^\n"
+        "help: did you mean `window`?"
+    )
+    assert isinstance(caught.value, ir.ProgramError) and caught.value.source_line == "    mask = q - k < windw"
+
+
+def test_independent_mistakes_come_together_and_their_consequences_do_not():
+    with pytest.raises(AttnError) as caught:
+        parse(
+            "def f(x: int) = x + y\n"
+            "pattern a(w: integer):\n    let d = z\n    mask = d < f(q) + w\n    score = u\n"
+            "pattern c = a & nothing\n"
+        )
+    assert [(d.line, d.code) for d in caught.value.diagnostics] == [
+        (1, "ATL200"), (2, "ATL200"), (3, "ATL200"), (5, "ATL200"),
+    ]  # fmt: skip
+
+
+def test_long_reports_and_long_lines_are_cut():
+    text = "".join(f"pattern p{i}: mask = q < x{i}\n" for i in range(50))
+    with pytest.raises(AttnError) as caught:
+        parse(text)
+    assert len(caught.value.diagnostics) == 50 and str(caught.value).endswith("... and 30 more errors")
+    with pytest.raises(AttnError) as caught:
+        parse("pattern p: mask = " + "q + " * 5000 + "wrong < 3" + " + q" * 5000)
+    _, quote, caret, *_ = str(caught.value).split("\n")
+    assert len(quote) < 140 and quote[caret.index("^") :].startswith("wrong <")
+
+
+def test_terminal_escapes_are_not_echoed():
+    with pytest.raises(AttnError) as caught:
+        parse('pattern p: mask = q < "\x1b[2J\u202e" + windw')
+    assert "\x1b" not in str(caught.value) and "\u202e" not in str(caught.value)

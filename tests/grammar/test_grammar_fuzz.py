@@ -1,0 +1,155 @@
+"""Random texts never raise anything but AttnError; random expressions print and parse back to the same node."""
+
+import random
+import threading
+
+from attnlang.grammar import AttnError, Module, load, parse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attnlang import ir
+
+VOCABULARY = (
+    "pattern def let grid mask score return static import from as if else and or not true false q k b h s H N Lk "
+    "int float bool p f x y t causal exp min where inf weights 1 2.5 0 1e3 99999999999999999999 ( ) [ ] , : = == < <= "
+    '<< -> - + * / // % ** & | ^ ~ . # "x.attn" """doc""" " \n \n\n \n\x20\x20\x20\x20 \t \\ ! é'
+)
+WORDS = VOCABULARY.split(" ")
+
+SEED = """def f(x: int) = x + 1
+pattern causal: mask = k <= q
+pattern p(x: int = 3, t: float[H, 2 * N - 1], y: int[N], static n: int = 2):
+    \"\"\"Doc.\"\"\"
+    let d = abs(q - k)
+    grid q, k = (y: x, x: n)
+    mask = d < x and causal() or not q.y == k.y
+    score = s + t[h, f(d) % N] * (1.0 if y[k % N] > 0 else 2 ** -d)
+pattern z = causal & p(x=4) & ~causal
+"""
+
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+
+def survives(text):
+    try:
+        module = parse(text)
+    except AttnError as error:
+        assert str(error) and all(d.code and d.message for d in error.diagnostics)
+    else:
+        assert isinstance(module, Module)
+        for program in module.patterns.values():
+            assert ir.verify(program) is program
+
+
+@quick
+@given(st.text(max_size=60))
+def test_random_characters(text):
+    survives(text)
+    survives("pattern p:\n    mask = " + text)
+
+
+@quick
+@given(st.binary(max_size=60))
+def test_random_bytes(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzz.attn"
+    path.write_bytes(data)
+    try:
+        load(path)
+    except AttnError as error:
+        assert str(error)
+
+
+@quick
+@given(st.lists(st.sampled_from(WORDS), max_size=40))
+def test_token_soup(words):
+    survives(" ".join(words))
+    survives("pattern p(x: int, t: float[H, N]):\n    mask = " + " ".join(words[:12]))
+
+
+def test_programs_with_a_few_edits():
+    """Delete, repeat, swap and replace words of a program that is right: the errors people make."""
+    rng = random.Random(7)
+    tokens = SEED.replace("(", " ( ").replace(")", " ) ").replace("\n", " \n ").split(" ")
+    for _ in range(600):
+        words = list(tokens)
+        for _ in range(rng.randint(1, 4)):
+            i, j = rng.randrange(len(words)), rng.randrange(len(words))
+            edit = rng.randrange(4)
+            if edit == 0:
+                del words[i]
+            elif edit == 1:
+                words.insert(i, words[j])
+            elif edit == 2:
+                words[i], words[j] = words[j], words[i]
+            else:
+                words[i] = rng.choice(WORDS)
+        survives(" ".join(words))
+
+
+def test_the_seed_of_the_edits_is_right():
+    assert list(parse(SEED).patterns) == ["causal", "p", "z"]
+
+
+HEADER = "pattern p(x: int, y: float, c: bool, t: float[H, Lk], n: int[Lk], z: float[]):\n    score = "
+
+LEAVES = "q k b h s x y c z[] t[h,k] n[k] Lq H 0 1 7 2.5 1e-3 1e22 inf nan pi true false -3 -2.5"
+_leaves = st.sampled_from(LEAVES.split(" "))
+
+
+def _infix(signs, form, inner):
+    """Expressions ``form`` with {0} and {1} operands and {sign} drawn from ``signs``."""
+    parts = st.tuples(st.sampled_from(signs.split(" ")), inner, inner)
+    return parts.map(lambda o: form.format(o[1], o[2], sign=o[0]))
+
+
+def _grow(inner):
+    three = st.tuples(inner, inner, inner)
+    return st.one_of(
+        _infix("+ - * / // % **", "({0}) {sign} ({1})", inner),
+        _infix("and or", "bool({0}) {sign} (({1}) < 1)", inner),
+        _infix("& | ^ << >>", "int({0}) {sign} int({1})", inner),
+        _infix("< <= == != > >=", "({0}) {sign} ({1})", inner),
+        _infix("min max", "{sign}({0}, {1}, 3)", inner),
+        three.map(lambda o: f"({o[0]}) if bool({o[1]}) else ({o[2]})"),
+        three.map(lambda o: f"where(bool({o[0]}), {o[1]}, {o[2]})"),
+        st.tuples(st.sampled_from(["-", "+", "~int", "not bool"]), inner).map(lambda o: f"{o[0]}({o[1]})"),
+        st.tuples(st.sampled_from(["exp", "sqrt", "round", "abs", "sign", "float"]), inner).map(
+            lambda o: f"{o[0]}({o[1]})"
+        ),
+        inner.map(lambda o: f"n[int({o})]"),
+    )
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(st.recursive(_leaves, _grow, max_leaves=12))
+def test_printed_expressions_parse_back_to_the_same_node(text):
+    node = parse(HEADER + f"float({text})\n").default.score
+    printed = ir.format_expr(node)
+    if not printed.endswith("..."):
+        assert parse(HEADER + printed + "\n").default.score is node, printed
+
+
+def test_printed_programs_parse_back():
+    for program in parse(SEED).patterns.values():
+        again = parse(ir.format_program(program)).default
+        assert again.mask is program.mask and again.score is program.score
+        assert again.scalars == program.scalars and again.tensors == program.tensors
+
+
+def test_threads():
+    """The parser's tables are shared by all threads; a parse is not."""
+    wrong = []
+
+    def work(i):
+        for _ in range(10):
+            text = f"pattern p{i}(w: int = {i}): mask = q - k < w and q < {i}"
+            program = parse(text).default
+            if program.name != f"p{i}" or program.scalar("w").default != i:
+                wrong.append(program)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
