@@ -232,7 +232,7 @@ class _Maker:
         if param.type is BOOL:
             share = 1 / 16 if "Lq" in dims or "Lk" in dims else 1 / 2
             return torch.rand(shape, generator=self.random) < share, f"random, {share:.0%} true"
-        if param.type is FLOAT and dims == ["H"]:
+        if param.type is FLOAT and param.shape == (Size("H"),):
             slopes = 2.0 ** (-8.0 * torch.arange(1, shape[0] + 1) / max(1, shape[0]))
             return slopes, "slopes 2**(-8 (h + 1) / H)"
         if param.type is FLOAT:

@@ -163,9 +163,8 @@ def flex(program: Program, bound: Bindings, scale: float, device: torch.device) 
         axes = {n.axis for n in postorder(program.mask) if isinstance(n, Index)}
         batch = bound.sizes["B"] if "b" in axes else None
         heads = bound.sizes["H"] if "h" in axes else None
-        block_mask = create_block_mask(
-            mask_mod, batch, heads, bound.sizes["Lq"], bound.sizes["Lk"], device=str(device), _compile=True
-        )
+        make_block_mask = torch.compile(create_block_mask, dynamic=False)
+        block_mask = make_block_mask(mask_mod, batch, heads, bound.sizes["Lq"], bound.sizes["Lk"], device=str(device))
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = bound.sizes["H"] != bound.sizes["Hkv"]
 
