@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 import threading
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,19 +49,14 @@ def path(name: str) -> Path:
     return _index()[name]
 
 
-def _load_file(file: Path) -> Mapping[str, Program]:
-    """Return the programs that an ``.attn`` file defines, by name."""
-    from attnlang.grammar import load  # here, because the language costs a parser
-
-    return load(file).patterns
-
-
 def __getattr__(name: str) -> Program:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _lock:
         if name not in _loaded:
-            _loaded.update(_load_file(path(name)))
+            from attnlang import load  # here, because the language costs a parser
+
+            _loaded[name] = load(path(name), name)
         return _loaded[name]
 
 

@@ -358,7 +358,7 @@ _ALL = (
     many(cross(21, 30), cross(233, 255), jagged, make_jagged),
     many(cross(7, 30), Setup(Shape(3, 4, 2, 129, 255)), packed_keys, make_packed_keys),
     many(square(27, prefix=5), square(247, prefix=60), shared_prefix, make_shared_prefix),
-    many(cross(11, 24, context=13), cross(61, 260, context=199), tree_ancestors, make_tree_ancestors),
+    many(cross(11, 24, context=13), cross(61, 275, context=199), tree_ancestors, make_tree_ancestors),
     many(square(25), square(229), tree_intervals, make_tree_intervals),
     many(square(25), square(229), arrow, make_arrow),
     many(square(25), square(229), head_windows, make_head_windows),
