@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["Lifter", "tensor_names"]
+__all__ = ["Lifter", "Reached", "reach"]
 
 Visit = Callable[[Any, str], Any]
 
 _CONTAINERS = (list, tuple, dict)
-_PEEKS = frozenset(("isinstance", "type", "hash", "id", "repr", "str", "callable", "hasattr", "set", "frozenset"))
-"""Functions that could tell a lifted number from a Python number without failing; their callers are not lifted."""
+_PEEKS = frozenset(("type", "id", "callable", "hasattr", "getattr"))
+"""Functions that could tell a lifted number from a Python number without failing: nothing they can reach is lifted."""
 
 _LIMIT = 4096  # objects visited
 
@@ -31,7 +31,9 @@ def _is_library(fn: types.FunctionType) -> bool:
 
 
 def _peeks(code: types.CodeType) -> bool:
-    return not _PEEKS.isdisjoint(code.co_names)
+    return not _PEEKS.isdisjoint(code.co_names) or any(
+        _peeks(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -62,16 +64,16 @@ class Lifter:
 
     def mod(self, value: Any) -> Any:
         """Return the rebuilt callable."""
-        return self._visit(value, "x", True)
+        return self._visit(value, "x")
 
     def _remember(self, old: Any, new: Any) -> Any:
         self._keep.append(old)
         self._done[id(old)] = new
         return new
 
-    def _visit(self, value: Any, name: str, lift: bool) -> Any:
+    def _visit(self, value: Any, name: str) -> Any:
         if is_number(value):
-            return self._replace(value, name) if lift else value
+            return self._replace(value, name)
         if id(value) in self._done:
             return self._done[id(value)]
         if len(self._done) > _LIMIT:
@@ -82,25 +84,24 @@ class Lifter:
             if not isinstance(value.__func__, types.FunctionType):
                 return value
             owner = value.__self__
-            new = owner if isinstance(owner, type) else self._record(owner, not _peeks(value.__func__.__code__))
-            return self._remember(value, types.MethodType(self._visit(value.__func__, name, lift), new))
+            new = owner if isinstance(owner, type) else self._record(owner)
+            return self._remember(value, types.MethodType(self._visit(value.__func__, name), new))
         if isinstance(value, functools.partial):
             return self._remember(value, self._partial(value))
         if type(value) in (tuple, list) and any(callable(v) or isinstance(v, _CONTAINERS) for v in value):
             # numbers inside containers stay: a container is usually indexed or measured while tracing
-            items = [self._visit(v, name, False) if not is_number(v) else v for v in value]
+            items = [v if is_number(v) else self._visit(v, name) for v in value]
             return self._remember(value, type(value)(items))
         if isinstance(value, torch.Tensor):
             return value
         if _is_record(value):
-            return self._record(value, lift)
+            return self._record(value)
         return value
 
     def _function(self, fn: types.FunctionType) -> types.FunctionType:
         if not fn.__closure__ and not fn.__defaults__ and not fn.__kwdefaults__:
             return self._remember(fn, fn)
         code = fn.__code__
-        lift = not _peeks(code)
         cells = tuple(types.CellType() for _ in fn.__closure__ or ())
         new = types.FunctionType(code, fn.__globals__, fn.__name__, None, cells or None)
         new.__dict__.update(fn.__dict__)
@@ -110,38 +111,34 @@ class Lifter:
                 content = old.cell_contents
             except ValueError:  # not assigned yet
                 continue
-            cell.cell_contents = self._cell(old, content, variable, lift)
+            cell.cell_contents = self._cell(old, content, variable)
         arguments = code.co_varnames[: code.co_argcount]
         if fn.__defaults__:
             names = arguments[-len(fn.__defaults__) :]
-            new.__defaults__ = tuple(self._visit(v, n, lift) for n, v in zip(names, fn.__defaults__, strict=True))
+            new.__defaults__ = tuple(self._visit(v, n) for n, v in zip(names, fn.__defaults__, strict=True))
         if fn.__kwdefaults__:
-            new.__kwdefaults__ = {n: self._visit(v, n, lift) for n, v in fn.__kwdefaults__.items()}
+            new.__kwdefaults__ = {n: self._visit(v, n) for n, v in fn.__kwdefaults__.items()}
         return new
 
-    def _cell(self, old: types.CellType, content: Any, variable: str, lift: bool) -> Any:
+    def _cell(self, old: types.CellType, content: Any, variable: str) -> Any:
         key = id(old)
         if key in self._done:
             return self._done[key]
-        return self._remember(old, self._visit(content, variable, lift))
+        return self._remember(old, self._visit(content, variable))
 
     def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
         fn = value.func
         code = getattr(fn, "__code__", None)
-        lift = isinstance(fn, types.FunctionType) and not _peeks(fn.__code__)
         names = code.co_varnames[: code.co_argcount] if code is not None else ()
-        args = [self._visit(a, names[n] if n < len(names) else f"arg{n}", lift) for n, a in enumerate(value.args)]
-        named = {k: self._visit(a, k, lift) for k, a in value.keywords.items()}
-        return functools.partial(self._visit(fn, "fn", lift), *args, **named)
+        args = [self._visit(a, names[n] if n < len(names) else f"arg{n}") for n, a in enumerate(value.args)]
+        named = {k: self._visit(a, k) for k, a in value.keywords.items()}
+        return functools.partial(self._visit(fn, "fn"), *args, **named)
 
-    def _record(self, value: Any, lift: bool) -> Any:
+    def _record(self, value: Any) -> Any:
         """Return a shallow copy of an object with the numbers among its attributes replaced."""
         if id(value) in self._done:
             return self._done[id(value)]
         attributes = getattr(value, "__dict__", None)
-        call = getattr(type(value), "forward", None) or vars(type(value)).get("__call__")
-        if isinstance(call, types.FunctionType):
-            lift = lift and not _peeks(call.__code__)
         if not attributes or isinstance(value, type) or (type(value).__dict__.get("__slots__") is not None):
             return value
         try:
@@ -153,25 +150,37 @@ class Lifter:
         for key, item in attributes.items():
             hidden = key.startswith("__") or (isinstance(value, torch.nn.Module) and key.startswith("_"))
             keep = hidden or not (is_number(item) or isinstance(item, (types.FunctionType, functools.partial)))
-            new.__dict__[key] = item if keep else self._visit(item, key, lift)
+            new.__dict__[key] = item if keep else self._visit(item, key)
         return new
 
 
-def tensor_names(*mods: Any) -> dict[int, str]:
-    """Return the variable, parameter or attribute name of every tensor the mods reach, by id; first found wins."""
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """What mods can reach: names of tensors by id, and whether there are numbers and they may be lifted."""
+
+    names: dict[int, str]
+    may_lift: bool
+
+
+def reach(*mods: Any) -> Reached:
+    """Return the variable, parameter or attribute name of every tensor the mods reach; the first found wins."""
     names: dict[int, str] = {}
     seen: set[int] = set()
+    may_lift, has_numbers = True, False
     work: list[tuple[Any, str]] = [(m, "x") for m in reversed(mods)]
     while work and len(seen) < _LIMIT:
         value, name = work.pop()
         if isinstance(value, torch.Tensor):
             names.setdefault(id(value), name)
             continue
+        has_numbers = has_numbers or is_number(value)
         if id(value) in seen or isinstance(value, (int, float, str, type, types.ModuleType)) or value is None:
             continue
         seen.add(id(value))
+        if isinstance(value, types.FunctionType) and not _is_library(value):
+            may_lift = may_lift and not _peeks(value.__code__)
         work.extend(reversed(list(_children(value, name))))
-    return names
+    return Reached(names, may_lift and has_numbers)
 
 
 def _children(value: Any, name: str) -> list[tuple[Any, str]]:
@@ -189,11 +198,13 @@ def _children(value: Any, name: str) -> list[tuple[Any, str]]:
     if isinstance(value, dict):
         return [(v, f"{name}_{k}") for k, v in value.items() if isinstance(k, str)] if len(value) <= 256 else []
     if isinstance(value, torch.nn.Module):
-        own = [(t, k.replace(".", "_")) for k, t in (*value.named_parameters(), *value.named_buffers())]
+        own: list[tuple[Any, str]] = [(type(value).forward, name)]
+        own += [(t, k.replace(".", "_")) for k, t in (*value.named_parameters(), *value.named_buffers())]
         return own + [(v, k) for k, v in vars(value).items() if not k.startswith("_")]
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict) and not type(value).__module__.startswith(("torch", "numpy")):
-        return [(v, k) for k, v in attributes.items() if not k.startswith("__")]
+        call = [(type(value).__call__, name)] if callable(value) else []
+        return call + [(v, k) for k, v in attributes.items() if not k.startswith("__")]
     return []
 
 
@@ -208,5 +219,5 @@ def _captures(fn: types.FunctionType) -> list[tuple[Any, str]]:
     if fn.__defaults__:
         out += zip(fn.__defaults__, code.co_varnames[: code.co_argcount][-len(fn.__defaults__) :], strict=True)
     out += [(v, k) for k, v in (fn.__kwdefaults__ or {}).items()]
-    out += [(fn.__globals__[n], n) for n in code.co_names if isinstance(fn.__globals__.get(n), torch.Tensor)]
-    return out
+    known = ((n, fn.__globals__.get(n)) for n in code.co_names)
+    return out + [(v, n) for n, v in known if isinstance(v, (torch.Tensor, types.FunctionType))]

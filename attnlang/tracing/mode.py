@@ -33,6 +33,8 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 def _number(value: Any) -> Any:
     """Return a Python number as a traced constant, as torch.where would make a 0-d tensor of it."""
+    if isinstance(value, Tensor):
+        return value
     if isinstance(value, bool):
         dtype = torch.bool
     elif isinstance(value, int):

@@ -506,11 +506,13 @@ def _full_like(t: Type, a: Like, value: Like, **_: Any) -> Expr:
     return to(value, t)
 
 
-def unsupported(name: str) -> TraceError:
-    """Return the error for an operation that has no translation."""
-    return TraceError(
-        f"the operation torch.{name} cannot be used on traced values",
-        "write it with arithmetic, comparisons, torch.where and indexing of captured tensors, or compute it before the "
-        "function is defined and capture the result",
-        current_location(),
-    )
+class Unsupported(TraceError):
+    """An operation has no translation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the operation torch.{name} cannot be used on traced values",
+            "write it with arithmetic, comparisons, torch.where and indexing of captured tensors, or compute it before "
+            "the function is defined and capture the result",
+            current_location(),
+        )

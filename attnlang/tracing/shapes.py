@@ -13,6 +13,7 @@ from attnlang.ir.build import op
 from .arrays import ZERO, Pull, Where, broadcast_index, reshape, take
 from .errors import TraceError, current_location
 from .scalars import int_add, int_mul, mod, wrap_index
+from .state import current
 
 __all__ = ["concatenate", "expand", "getitem", "index", "permute", "select", "slice_", "squeeze", "unsqueeze"]
 
@@ -76,6 +77,7 @@ def unsqueeze(array: Pull, dim: int) -> Pull:
 def squeeze(array: Pull, dims: Sequence[int] | None = None) -> Pull:
     wanted = range(len(array.shape)) if dims is None else [_dim(array, d) for d in dims]
     for dim in sorted((d for d in wanted if array.shape[d] == 1), reverse=True):
+        current().bake(array.sizes[dim], 1)
         array = select(array, dim, ZERO)
     return array
 
@@ -86,6 +88,9 @@ def expand(array: Pull, shape: Sequence[int]) -> Pull:
     sizes = [
         array.sizes[d - skip] if d >= skip and array.shape[d - skip] == n else Const(n, INT) for d, n in enumerate(out)
     ]
+    for d, n in enumerate(array.shape):
+        if n != out[d + skip]:
+            current().bake(array.sizes[d], n)
     return array.viewed(out, sizes, lambda w: broadcast_index(w, array.shape, out))
 
 
@@ -202,7 +207,7 @@ def getitem(array: Pull, key: Any, pull: Any) -> Pull:
     Raises:
         TraceError: lists of traced values, bool indices, or more indices than dimensions.
     """
-    keys = list(key) if isinstance(key, tuple) else [key]
+    keys = list(key) if not isinstance(key, Tensor) and isinstance(key, tuple) else [key]
     taken = sum(1 for k in keys if k is not None and k is not Ellipsis)
     if taken > len(array.shape):
         raise TraceError(
@@ -221,12 +226,12 @@ def getitem(array: Pull, key: Any, pull: Any) -> Pull:
         elif k is None:
             array, dim = unsqueeze(array, dim), dim + 1
             tensors.append(None)
-        elif isinstance(k, slice):
-            array, dim = slice_(array, dim, k), dim + 1
-            tensors.append(None)
         elif isinstance(k, Tensor):
             tensors.append(pull(k))
             dim += 1
+        elif isinstance(k, slice):
+            array, dim = slice_(array, dim, k), dim + 1
+            tensors.append(None)
         elif isinstance(k, (list, range)):
             tensors.append(pull(torch.stack([torch.as_tensor(i) for i in k])))
             dim += 1

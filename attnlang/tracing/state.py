@@ -32,7 +32,9 @@ __all__ = ["TraceState", "current", "ir_type"]
 
 Tensor = torch.Tensor
 
-_RESERVED = frozenset((*AXES, *BUILTIN_SIZES, "s", "w", "m", "l", "v", "o", "lse"))
+_RESERVED = frozenset((*AXES, *BUILTIN_SIZES, "s"))
+MAX_OPERATIONS = 10_000
+
 _local = threading.local()
 
 
@@ -76,7 +78,9 @@ class TraceState:
         self._constants: dict[int, Tensor] = {}
         self._params: dict[str, tuple[Tensor, tuple[Expr, ...]]] = {}
         self._baked: dict[Expr, Expr] = {}
+        self._operations = 0
         self._derived: set[str] = set()
+        self._owners: dict[Expr, tuple[str, Tensor, tuple[Expr, ...]]] = {}
         self._outer: TraceState | None = None
 
     def __enter__(self) -> TraceState:
@@ -86,6 +90,20 @@ class TraceState:
 
     def __exit__(self, *_: object) -> None:
         _local.state = self._outer
+
+    def count(self) -> None:
+        """Count one operation.
+
+        Raises:
+            TraceError: there are more than any kernel should have, as in a long Python loop.
+        """
+        self._operations += 1
+        if self._operations > MAX_OPERATIONS:
+            raise TraceError(
+                f"the function does more than {MAX_OPERATIONS} operations for one pair of tokens",
+                "replace long Python loops by a table that is computed before and indexed here",
+                current_location(),
+            )
 
     def fresh(self, wanted: str) -> str:
         """Return ``wanted`` as an identifier that nothing else in the program has."""
@@ -143,10 +161,7 @@ class TraceState:
             return Load(name, where, type_)
 
         pull = self._pulls[id(tensor)] = Pull(tensor.shape, type_, load, sizes)
-        for size, n in zip(sizes, tensor.shape, strict=True):
-            if n == 1:
-                self.bake(size, 1)  # whether a dimension broadcasts is part of the structure
-        self._sizes_of = {**getattr(self, "_sizes_of", {}), **dict.fromkeys(sizes, (name, tensor, sizes))}
+        self._owners |= dict.fromkeys(sizes, (name, tensor, sizes))
         return pull
 
     def finish(
@@ -157,13 +172,12 @@ class TraceState:
         done = rewrite(roots, lambda node: baked.get(node, node)) if baked else tuple(roots)
         tensors: dict[str, Tensor] = {}
         params: list[TensorParam] = []
-        owners = getattr(self, "_sizes_of", {})
         for node in postorder(*done):
             if isinstance(node, Load):
                 name = node.tensor
                 tensor, sizes = self._params[name]
-            elif isinstance(node, Size) and node in owners:
-                name, tensor, sizes = owners[node]
+            elif isinstance(node, Size) and node in self._owners:
+                name, tensor, sizes = self._owners[node]
             else:
                 continue
             if name not in tensors:

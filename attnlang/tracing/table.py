@@ -14,7 +14,7 @@ from . import reductions as red
 from . import shapes
 from .arrays import Pull, broadcast_index, broadcast_sizes, reshape
 from .errors import TraceError, current_location
-from .pointwise import POINTWISE, unsupported
+from .pointwise import POINTWISE, Unsupported
 from .state import current, ir_type
 from .tensor import TracedTensor, pull_of, wrap
 
@@ -83,7 +83,10 @@ def pointwise_call(
         return build(type_, *values, **more)
 
     if not shape:
-        return wrap(fn(()), dtype)
+        result = wrap(fn(()), dtype)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        result._lifted = bool(tensors) and all(isinstance(a, TracedTensor) and a._lifted for a in tensors)
+        return result
     every = (*arrays.values(), *named.values())
     return wrap(Pull(shape, type_, fn, broadcast_sizes(every, shape)), dtype)
 
@@ -408,8 +411,12 @@ def _decompose(func: Any, args: Args, kwargs: Kwargs) -> Any:
 
     rule = decomposition_table.get(func)
     if rule is None:
-        raise unsupported(_resolve(func)[0])
-    return rule(*args, **kwargs)
+        raise Unsupported(_resolve(func)[0])
+    try:
+        return rule(*args, **kwargs)
+    except Unsupported:
+        pass
+    raise Unsupported(_resolve(func)[0])
 
 
 def _write(target: Any, value: Any) -> Any:
@@ -432,6 +439,7 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
         TraceError: the operation has no translation, with the user's line.
     """
     name, inplace = _resolve(func)
+    current().count()
     if "out" in kwargs:
         raise TraceError("an out= argument cannot be used in a mod", "assign the result instead", current_location())
     entry = TABLE.get(name)
@@ -445,7 +453,7 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
         dtype, shape = metadata(func, args, kwargs) if not inplace else _functional_metadata(func, args, kwargs)
         result = pointwise_call(POINTWISE[name], dtype, shape, args, _without_options(kwargs))
     elif inplace or not func._schema.name.startswith("aten::"):
-        raise unsupported(func._schema.name.removeprefix("aten::"))
+        raise Unsupported(func._schema.name.removeprefix("aten::"))
     else:
         result = _decompose(func, args, kwargs)
     return _write(args[0], result) if inplace else result

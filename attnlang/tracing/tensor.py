@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -43,13 +44,18 @@ def _what(word: str) -> tuple[str, str]:
     )
 
 
-def refuse_conversion(value: TracedTensor, word: str) -> NoReturn:
-    """Raise for a traced value that must become a Python number."""
-    if not value.shape:
+def _unlift(value: TracedTensor) -> None:
+    """Ask for another trace if ``value`` is made of lifted Python numbers only."""
+    if not value._pull.shape:
         nodes = list(postorder(value._pull.at(())))
         params = frozenset(n.name for n in nodes if isinstance(n, Param))
         if params and all(n.args or isinstance(n, (Const, Param)) for n in nodes):
             raise LiftedScalarUsed(params)
+
+
+def refuse_conversion(value: TracedTensor, word: str) -> NoReturn:
+    """Raise for a traced value that must become a Python number."""
+    _unlift(value)
     raise TraceError(*_what(word), current_location())
 
 
@@ -65,6 +71,7 @@ class TracedTensor(torch.Tensor):
 
     _pull: Pull
     _aliased: bool
+    _lifted: bool
 
     @staticmethod
     def __new__(cls, pull: Pull, dtype: torch.dtype, device: torch.device) -> TracedTensor:
@@ -72,7 +79,8 @@ class TracedTensor(torch.Tensor):
 
     def __init__(self, pull: Pull, dtype: torch.dtype, device: torch.device) -> None:
         self._pull = pull
-        self._aliased = False
+        self._aliased = False  # whether a view of it exists
+        self._lifted = False  # whether it is a lifted Python number, or computed from such only
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -91,7 +99,21 @@ class TracedTensor(torch.Tensor):
         return value
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self._lifted:
+            _unlift(self)
         return f"traced({self._pull.at(())!r})" if not self.shape else f"traced{tuple(self.shape)}"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance looks here when the type itself is not what is asked for, in the user's code as in torch's parser
+        if self._lifted and "isinstance" in sys._getframe(1).f_code.co_names:
+            _unlift(self)
+        return TracedTensor
+
+    def __hash__(self) -> int:
+        if self._lifted:
+            _unlift(self)
+        return id(self)
 
     def __format__(self, spec: str) -> str:
         return format(self._convert("a format string"), spec)

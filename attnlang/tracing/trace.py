@@ -27,7 +27,7 @@ from attnlang.ir import (
 )
 
 from .errors import TraceError, location_of_code, location_of_error
-from .lift import Lifter, tensor_names
+from .lift import Lifter, Reached, reach
 from .mode import TraceMode
 from .scalars import to
 from .state import TraceState
@@ -105,7 +105,9 @@ class _Scalars:
         self.values[own] = value
         kind = FLOAT if type(value) is float else INT
         dtype = self._state.score_dtype if kind is FLOAT else torch.int64
-        return wrap(Param(own, kind), dtype)
+        number = wrap(Param(own, kind), dtype)
+        number._lifted = True
+        return number
 
 
 def _result(value: Any, kind: str, mod: Any) -> Expr:
@@ -170,14 +172,14 @@ def _call(mod: Any, kind: str, original: Any, args: tuple[TracedTensor, ...]) ->
 class _Attempt:
     mask: Any
     score: Any
-    names: dict[int, str]
+    reached: Reached
     device: torch.device
     dtype: torch.dtype
 
 
 def _once(job: _Attempt, baked: frozenset[str] | None, name: str) -> Traced:
     """Trace with every number lifted but ``baked`` (None: all baked)."""
-    with TraceState(job.names, job.device, job.dtype) as state:
+    with TraceState(job.reached.names, job.device, job.dtype) as state:
         scalars = _Scalars(state, baked)
         lifter = Lifter(scalars.replace)
         index = tuple(wrap(e, torch.int64) for e in (build.b, build.h, build.q, build.k))
@@ -231,10 +233,10 @@ def trace(
             raise TraceError(f"{kind} is a {type(mod).__name__}, not a function", f"pass a function {_SIGNATURE[kind]}")
     given = [m for m in (mask, score) if m is not None]
     label = name or "_".join(dict.fromkeys(mod_name(m) for m in given)) or "full"
-    names = tensor_names(*given)
-    job = _Attempt(mask, score, names, torch.device("cpu" if device is None else device), dtype)
+    reached = reach(*given)
+    job = _Attempt(mask, score, reached, torch.device("cpu" if device is None else device), dtype)
     baked: frozenset[str] = frozenset()
-    while True:
+    while reached.may_lift:
         try:
             return _once(job, baked, label)
         except LiftedScalarUsed as error:
