@@ -131,6 +131,20 @@ def _hint(token: Token, expected: set[str], source: Source) -> str:
     if source.open and (token.line or 1) > (source.open[-1].line or 1):
         opener = source.open[-1]
         return f"the `{opener}` on line {opener.line} may be missing its `{')' if opener == '(' else ']'}`"
+    line = source.line(token.line or 1)
+    words = re.findall(r"[A-Za-z_]+", line[: (token.column or 1) - 1])
+    if words and words[-1] in _PYTHON:
+        return _PYTHON[words[-1]]
+    if expected == {"COLON"}:
+        return "a coordinate is `name: extent`" if words[:1] == ["grid"] else "a parameter is `name: type`"
+    if expected == {"ASSIGN"} and words[:1] != ["let"]:
+        return "a statement is `mask = ...`, `score = ...` or `let name = ...`"
+    if token.type == "STRING":
+        return "expressions have no strings" if "NAME" in expected else ""
+    if token.type == "IF" and not words:
+        return "a choice is an expression: `a if condition else b`"
+    if {"PATTERN", "DEF"} <= expected and text in ("let", "grid", "mask", "score"):
+        return f"`{text}` belongs into the indented body of a `pattern`"
     if token.type == "ASSIGN":
         return "write `==` to compare, or `let name = ...` to name a value"
     if token.type == "RETURN":

@@ -26,7 +26,7 @@ _ARITHMETIC = {"+": "add", "-": "sub", "*": "mul", "/": "div", "//": "floordiv",
 _LOGIC = {"and": "and", "or": "or"}
 _BITS = {"&": ("bitand", "and"), "|": ("bitor", "or"), "^": ("bitxor", "xor")}
 _COMPARE = {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"}
-_ALIASES = {"True": "true", "False": "false", "None": "a captured tensor", "math": "the built-in functions"}
+_ALIASES = {"True": "`true`", "False": "`false`", "math": "the function without `math.`"}
 _INDEX_OF = {"B": "b", "H": "h", "Hkv": "h", "Lq": "q"}  # for examples in hints
 MAX_POWER = 64
 
@@ -144,7 +144,7 @@ class Lowering:
             return scope.error(node, "ATL203", f"`{name}` is a {kind}, not a value", f"call it: `{name}(...)`")
         known = [*scope.values, *scope.sizes, *CONSTANTS]
         known += list(AXES) if scope.axes else []
-        hint = f"write `{_ALIASES[name]}`" if name in _ALIASES else suggest(name, known)
+        hint = f"write {_ALIASES[name]}" if name in _ALIASES else suggest(name, known)
         if not hint and "shape" in scope.what:
             hint = "a size that is taken from the tensor has a name with a capital letter, e.g. `N`"
         return scope.error(node, "ATL200", f"unknown name `{name[:80]}`", hint)
@@ -259,12 +259,16 @@ class Lowering:
             shape = ", ".join(map(str, tensor.shape))
             message = f"`{tensor.name}` has {len(tensor.shape)} dimension(s), indexed with {len(node.indices)}"
             raise scope.error(node, "ATL205", message, f"it is declared `{tensor.type}[{shape}]`")
-        indices = []
+        indices: list[Expr] = []
         for child in node.indices:
             index = yield child
             if index.type is FLOAT:
                 message = f"an index must be int, got {index.type}"
                 raise scope.error(child, "ATL203", message, "convert it with `int(...)`")
+            if isinstance(index, Const) and index.value < 0:
+                message = f"index {index.value} is negative, and indices do not count from the end"
+                hint = f"write `{tensor.shape[len(indices)]} - {-index.value}`"
+                raise scope.error(child, "ATL205", message, hint)
             indices.append(build.cast(index, INT))
         return Load(tensor.name, tuple(indices), tensor.type)
 

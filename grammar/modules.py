@@ -165,6 +165,8 @@ class _Loader:
         taken: dict[str, str],
         imported: dict[str, Program],
     ) -> None:
+        if isinstance(node, ast.ImportModule) and node.name.id in ("q", "k"):  # `q.x` is a coordinate
+            raise source.error(node.name.span, "ATL202", f"`{node.name.id}` is an index; the file needs another name")
         module: Module | None = None
         pairs = node.names if isinstance(node, ast.ImportNames) else ()
         try:

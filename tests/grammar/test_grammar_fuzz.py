@@ -116,7 +116,7 @@ def _grow(inner):
         st.tuples(st.sampled_from(["exp", "sqrt", "round", "abs", "sign", "float"]), inner).map(
             lambda o: f"{o[0]}({o[1]})"
         ),
-        inner.map(lambda o: f"n[int({o})]"),
+        inner.map(lambda o: f"n[abs(int({o}))]"),
     )
 
 
