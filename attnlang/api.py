@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
     from attnlang.tracing import Traced
 
-__all__ = ["Attention", "compile", "load", "parse", "program", "reference"]
+__all__ = ["Attention", "compile", "load", "load_all", "parse", "program", "reference"]
 
 Tensor = torch.Tensor
 Mod = Callable[..., Any]
@@ -68,6 +68,17 @@ def load(path: str | Path, pattern: str | None = None) -> Program:
     from attnlang.grammar import load as load_file
 
     return _pick(load_file(path), pattern)
+
+
+def load_all(path: str | Path) -> dict[str, Program]:
+    """Return every pattern that an ``.attn`` file defines, by name and in order.
+
+    Raises:
+        ProgramError: the file cannot be read, or with line, column and a suggestion.
+    """
+    from attnlang.grammar import load as load_file
+
+    return dict(load_file(path).patterns)
 
 
 def compile(program: Program | Traced, *, backend: str | None = None, **static: Scalar) -> Attention:

@@ -54,9 +54,10 @@ def __getattr__(name: str) -> Program:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _lock:
         if name not in _loaded:
-            from attnlang import load  # here, because the language costs a parser
+            file = path(name)
+            from attnlang.api import load_all  # here, because the language costs a parser
 
-            _loaded[name] = load(path(name), name)
+            _loaded.update(load_all(file))
         return _loaded[name]
 
 
