@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import table
 from .errors import TraceError, current_location
+from .pointwise import POINTWISE
+from .reduction_ops import linear, matmul
+from .registry import TABLE, pointwise_call
 from .shapes import getitem
 from .state import current
 from .tensor import TracedTensor, pull_of, refuse_conversion, wrap
@@ -43,7 +45,7 @@ def _number(value: Any) -> Any:
         dtype = torch.get_default_dtype()
     else:
         return value
-    return table.pointwise_call(table.POINTWISE["full_like"], dtype, (), (None, value), {})
+    return pointwise_call(POINTWISE["full_like"], dtype, (), (None, value), {})
 
 
 def _where(cond: Any, a: Any, b: Any) -> Any:
@@ -73,7 +75,7 @@ def _setitem(x: Any, key: Any, value: Any) -> Any:
 
 
 def _rmatmul(b: Any, a: Any) -> Any:
-    return table.matmul(a, b)
+    return matmul(a, b)
 
 
 def _tensor_of(data: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
@@ -101,12 +103,12 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _getitem,
     Tensor.__setitem__: _setitem,
     torch.where: _where,
-    torch.matmul: table.matmul,
-    Tensor.matmul: table.matmul,
-    Tensor.__matmul__: table.matmul,
+    torch.matmul: matmul,
+    Tensor.matmul: matmul,
+    Tensor.__matmul__: matmul,
     Tensor.__rmatmul__: _rmatmul,
-    torch.nn.functional.linear: table.linear,
-    torch.nn.functional.embedding: lambda x, weight, *a, **k: table.TABLE["embedding"](weight, x),
+    torch.nn.functional.linear: linear,
+    torch.nn.functional.embedding: lambda x, weight, *a, **k: TABLE["embedding"](weight, x),
     torch.tensor: _tensor_of,
     torch.as_tensor: _tensor_of,
     torch.full: _full,
