@@ -91,6 +91,8 @@ class TilePicture:
         extent = (0.0, float(columns * self.tile[1]), float(rows * self.tile[0]), 0.0)
         colours = ListedColormap(list(COLOURS))
         axes.imshow(self.kinds, cmap=colours, vmin=0, vmax=2, extent=extent, interpolation="nearest", aspect="auto")
+        axes.set_xlim(0, max(self.kv_len, 1))
+        axes.set_ylim(max(self.q_len, 1), 0)
         if max(rows, columns) <= 128:
             axes.set_xticks(np.arange(columns + 1) * self.tile[1], minor=True)
             axes.set_yticks(np.arange(rows + 1) * self.tile[0], minor=True)

@@ -156,7 +156,7 @@ def main() -> int:
     OUT.mkdir(exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("This demo compiles one small program and compares it with what PyTorch has.")
-    say(f"The program, {HERE.parent.name}/examples/demo.attn:\n")
+    say("The program, examples/demo.attn:\n")
     say((HERE / "demo.attn").read_text().rstrip())
     target = target_here()
     suffix = ".cpp" if target == "cpu" else ".py"

@@ -1,0 +1,91 @@
+"""README.md is true: its examples run and its picture is what the command prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import Invoke
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return [textwrap.dedent(b) for b in re.findall(rf"^ *```{language}\n(.*?)^ *```$", TEXT, re.M | re.S)]
+
+
+def test_python_and_attn_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in blocks("attn"):
+        name = re.search(r"pattern (\w+)", text)
+        assert name is not None
+        (tmp_path / f"{name.group(1)}.attn").write_text(text)
+    space: dict[str, object] = {}
+    results = []
+    for text in blocks("python"):
+        (tmp_path / "example.py").write_text(text)
+        exec(compile(text, str(tmp_path / "example.py"), "exec"), space)
+        results.append(space["out"])
+    assert len(results) == 4
+    torch.testing.assert_close(space["same"], results[0])
+    assert all(isinstance(r, torch.Tensor) and r.isfinite().all() for r in results)
+
+
+def test_picture_is_what_the_command_prints(invoke: Invoke) -> None:
+    command = re.search(r"`attnlang (show streaming_llm[^`]*)`", TEXT)
+    assert command is not None
+    printed = invoke(*command.group(1).split()).stdout
+    assert printed in TEXT
+
+
+def test_tutorial_commands_work(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.attn").write_text(next(b for b in blocks("attn") if "pattern mine" in b))
+    commands = re.findall(r"^ *\$ attnlang (.*mine.*)$", TEXT, re.M)
+    assert len(commands) == 5
+    for command in commands:
+        words = command.replace("--len 2048", "--len 256").split()
+        result = invoke(*words)
+        assert result.exit_code == 0, result.output
+    checked = invoke("check", "mine.attn").output
+    assert textwrap.indent(checked.strip(), "   ") in TEXT
+
+
+def test_every_named_file_exists() -> None:
+    for path in re.findall(r"`((?:attnlang|codegen|grammar|runtime|tests|benchmarks|docs)/[\w/]+\.\w+)`", TEXT):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\((docs/[^)]+)\)", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
+    assert spec is not None and spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    common = {"case": "causal", "dtype": "float32", "error": 0.0, "note": ""}
+    rows = [
+        {**common, "implementation": "attnlang", "ms": 10.0, "gflops": 300.0, "ratio": 1.0},
+        {**common, "implementation": "flex_attention", "ms": 25.0, "gflops": 120.0, "ratio": 2.5},
+        {**common, "implementation": "sdpa", "ms": None, "gflops": None, "ratio": None, "note": "cannot express it"},
+    ]
+    (tmp_path / "results/cpu_forward.json").write_text(json.dumps({"machine": {"threads": "2"}, "rows": rows}))
+    (tmp_path / "results/memory.json").write_text(json.dumps({"machine": "m", "rows": [{"length": 4, "peak": 1.5}]}))
+    assert report.main() == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| causal | float32 | 10.0 (300 GFLOP/s) | 25.0 (2.5x) | cannot express it |" in text
+    assert "| 4 | 1.5 |" in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "old" not in text
