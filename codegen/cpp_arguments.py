@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnlang.ir import BOOL, FLOAT
-from attnlang.passes.widths import Width
+from attnlang.ir import BOOL, FLOAT, Size
 
 from .cpp_printer import ELEMENTS, SCALARS
 from .plan import KernelPlan
@@ -59,7 +58,10 @@ def arguments(plan: KernelPlan) -> Arguments:
         fields += [Field(f"{run}_{what}", "const int *", ("runs", f"{run}_{what}")) for what in ("ptr", "runs")]
     fields.append(Field("order", "const int *", ("runs", "order")))
     fields += [Field(name, "int64", ("runs", name)) for name in ("map_batch", "map_heads")]
-    local = [f"const {SCALARS[_width(plan, name)]} n_{name} = ({SCALARS[_width(plan, name)]})a.n_{name};" for name in plan.sizes]
+    local = []
+    for name in plan.sizes:
+        kind = SCALARS[plan.width(Size(name))]
+        local.append(f"const {kind} n_{name} = ({kind})a.n_{name};")
     for tensor in plan.tensors:
         t, element = f"t_{tensor.name}", ELEMENTS[tensor.dtype]
         fields.append(Field(t, "const void *", ("data", tensor.name)))
@@ -75,9 +77,3 @@ def arguments(plan: KernelPlan) -> Arguments:
         cast = f"a.p_{scalar.name} != 0" if scalar.type is BOOL else f"({SCALARS[width]})a.p_{scalar.name}"
         local.append(f"const {SCALARS[width]} p_{scalar.name} = {cast};")
     return Arguments(tuple(fields), tuple(local))
-
-
-def _width(plan: KernelPlan, name: str) -> Width:
-    from attnlang.ir import Size
-
-    return plan.width(Size(name))

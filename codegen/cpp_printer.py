@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 
-from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Type
+from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size
 from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
 
@@ -51,23 +51,52 @@ _INFIX = {
 }
 _COMPARES = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "to_bool"))
 _LOGIC = {"and": ("&&", "&"), "or": ("||", "|"), "xor": ("!=", "^")}
-_CALLS = (
-    "floordiv mod abs min max sign pow shl shr where exp exp2 expm1 log log2 log1p sqrt rsqrt sin cos tan atan tanh "
-    "sigmoid erf floor ceil round trunc"
-).split()
+_CALLS = [
+    "floordiv",
+    "mod",
+    "abs",
+    "min",
+    "max",
+    "sign",
+    "pow",
+    "shl",
+    "shr",
+    "where",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log2",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tan",
+    "atan",
+    "tanh",
+    "sigmoid",
+    "erf",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+]
+
+_FORMATS = {
+    **{name: f"({{0}} {symbol} {{1}})" for name, symbol in _INFIX.items()},
+    **{name: "op::" + name + "({args})" for name in _CALLS},
+    "neg": "(-{0})",
+    "bitnot": "(~{0})",
+    "to_int": "op::to_int({0})",
+    "to_bool": "({0} != 0)",
+}
 
 
 class CppPrinter(Printer):
     """Prints the expressions of one plan; ``helpers`` collects the operators the file must define."""
 
-    formats = {
-        **{name: f"({{0}} {symbol} {{1}})" for name, symbol in _INFIX.items()},
-        **{name: "op::" + name + "({args})" for name in _CALLS},
-        "neg": "(-{0})",
-        "bitnot": "(~{0})",
-        "to_int": "op::to_int({0})",
-        "to_bool": "({0} != 0)",
-    }
+    formats = _FORMATS
 
     def __init__(self, plan: KernelPlan) -> None:
         super().__init__(plan)
@@ -96,20 +125,13 @@ class CppPrinter(Printer):
         return self._spread({"k": "key"}.get(node.axis, node.axis), node, at)
 
     def size(self, name: str, at: Level) -> str:
-        raise AssertionError("sizes are printed by definition()")
+        return self._spread(f"n_{name}", Size(name), at)
 
     def parameter(self, node: Param, at: Level) -> str:
         return self._spread(f"p_{node.name}", node, at)
 
     def input(self, node: Input, at: Level) -> str:
         return node.name
-
-    def definition(self, node: Expr, at: Level) -> str:
-        from attnlang.ir import Size
-
-        if isinstance(node, Size):
-            return self._spread(f"n_{node.name}", node, at)
-        return super().definition(node, at)
 
     def _spread(self, text: str, node: Expr, at: Level) -> str:
         return f"{_SPLAT[self.plan.width(node)]}({text})" if at in _LANED else text
@@ -123,7 +145,7 @@ class CppPrinter(Printer):
             return f"({args[0]} {_LOGIC[node.op][laned]} {args[1]})"
         if node.op == "not":
             return f"({'~' if laned else '!'}{args[0]})"
-        if node.op in ("to_float", "to_int") and node.args[0].type is not FLOAT:
+        if node.op == "to_float" or (node.op == "to_int" and node.args[0].type is not FLOAT):
             have = self.plan.width(node.args[0])
             want = self.plan.width(node)
             return args[0] if have is want else self.convert(args[0], have, want, at)
@@ -186,8 +208,6 @@ class CppPrinter(Printer):
         return f"gather_{element}({base}, {offsets})"
 
     def _clamped(self, index: Expr, at: Level, laned: bool, extent: str, low: bool, high: bool) -> str:
-        if isinstance(index, (Const, Index, Param)) or index in self.plan.names:
-            pass
         own = self.plan.width(index)
         text = self.text(index, at)
         if not (low or high):
@@ -195,7 +215,6 @@ class CppPrinter(Printer):
         kind = (VECTORS if laned else SCALARS)[own]
         name = f"clamp{'_low' * low}{'_high' * high}"
         last = "" if not high else f", ({SCALARS[own]}){extent}"
-        self.helpers.add("clamp")
         return f"{name}<{kind}>({text}{last})"
 
 
@@ -221,7 +240,3 @@ def _float_literal(value: float) -> str:
     text = f"{value:.9g}"
     text += "f" if any(c in text for c in ".e") else ".0f"
     return f"({text})" if text.startswith("-") else text
-
-
-def element_type(type_: Type) -> str:
-    return {BOOL: "bool", INT: "int64", FLOAT: "float"}[type_]

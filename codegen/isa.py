@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["ISAS", "Isa", "best_isa", "few_rows"]
+__all__ = ["COMMON_FLAGS", "ISAS", "Isa", "best_isa", "few_rows"]
+
+COMMON_FLAGS = ("-O3", "-shared", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-pthread")
+"""Flags of every kernel. Value-changing ones (-ffast-math) are never among them: kernels rely on NaN and infinity."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,9 @@ class Isa:
     Queries lie on lanes. A register block is ``vectors`` vectors of queries by ``keys`` keys (or value dimensions): its
     accumulators, one row of operands and one broadcast must fit the registers. A query block is ``blocks`` register
     blocks, and is the query tile of the run map; ``tile`` is its key tile. ``chunk`` is the number of keys between two
-    updates of the running maximum. ``needs`` are the processor features (as Linux names them) the ``flags`` turn on.
+    updates of the running maximum. ``maximum`` is the instruction for the larger of two vectors (the second where
+    either is NaN) where compilers do not find it. ``needs`` are the processor features (as Linux names them) the
+    ``flags`` turn on.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Isa:
     flags: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
     tile: int = 64
+    maximum: str = ""
 
     @property
     def rows(self) -> int:
@@ -51,9 +57,19 @@ def _needs(features: tuple[str, ...]) -> frozenset[str]:
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("avx512", 16, 4, 1, 6, 72, (*_flags(*_AVX512), "-mprefer-vector-width=512"), _needs(_AVX512)),
-        Isa("avx2", 8, 2, 4, 6, 64, _flags(*_AVX2), _needs(_AVX2)),
-        Isa("generic", 4, 2, 8, 5, 64),
+        Isa(
+            "avx512",
+            lanes=16,
+            vectors=4,
+            blocks=1,
+            keys=6,
+            chunk=96,
+            flags=(*_flags(*_AVX512), "-mprefer-vector-width=512"),
+            needs=_needs(_AVX512),
+            maximum="vmaxps %2, %1, %0",
+        ),
+        Isa("avx2", lanes=8, vectors=2, blocks=4, keys=6, chunk=64, flags=_flags(*_AVX2), needs=_needs(_AVX2)),
+        Isa("generic", lanes=4, vectors=2, blocks=8, keys=5, chunk=64),
     )
 }
 """Known instruction sets, best first."""

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from attnlang.codegen.cpp import ENTRY, emit
 from attnlang.codegen.cpp_arguments import Field, arguments
 from attnlang.codegen.cpp_printer import ELEMENTS
-from attnlang.codegen.isa import ISAS, Isa, best_isa, few_rows
+from attnlang.codegen.isa import COMMON_FLAGS, ISAS, Isa, best_isa, few_rows
 from attnlang.codegen.plan import KernelPlan, make_plan
-from attnlang.ir import BOOL, FLOAT, INT, Program
+
+from attnlang.ir import BOOL, INT, Program
 from attnlang.passes.widths import NARROW_LIMIT
 
 from .cache import Cache
 from .call import Call
 from .errors import Unavailable
-from .toolchain import BASE_FLAGS, compile_library, find_compiler, processor_features
+from .toolchain import compile_library, find_compiler, processor_features
 
 __all__ = ["Kernel", "forward", "select_isa"]
 
@@ -101,7 +101,9 @@ def _getter(field: Field) -> _Getter:
         case "runs":
             return lambda call, tensors, runs: runs.value(name)
         case "data":
-            return lambda call, tensors, runs: (call.tensors[name] if call.tensors[name].numel() else _NOTHING).data_ptr()
+            return lambda call, tensors, runs: (
+                call.tensors[name] if call.tensors[name].numel() else _NOTHING
+            ).data_ptr()
         case "step":
             return lambda call, tensors, runs: call.tensors[name].stride(axis) if call.tensors[name].numel() else 0
         case "length":
@@ -204,7 +206,7 @@ def _build(plan: KernelPlan, isa: Isa) -> Kernel:
     """Compile ``plan`` or find it in the cache. The key covers the source text, flags and compiler."""
     compiler = find_compiler()
     source = emit(plan, isa)
-    recipe = "\0".join((source, *BASE_FLAGS, *isa.flags, compiler.identity))
+    recipe = "\0".join((source, *COMMON_FLAGS, *isa.flags, compiler.identity))
     key = f"cpp-{plan.digest}-{isa.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}"
 
     def build(library: Path) -> None:
@@ -235,7 +237,7 @@ def _schedule(call: Call, isa: Isa) -> _Schedule:
     blocks = -(-call.q.shape[2] // isa.rows)
     cost = (full + PARTIAL_COST * part).reshape(-1, blocks)
     order = np.ascontiguousarray(np.argsort(-cost, axis=1, kind="stable").astype(np.int32))
-    made = _Schedule(*arrays, order=order, map_batch=runs.batch, map_heads=runs.heads, keep=runs)
+    made = _Schedule(arrays[0], arrays[1], arrays[2], arrays[3], order, runs.batch, runs.heads, runs)
     if len(_schedules) >= 64:
         _schedules.clear()
     _schedules[id(runs)] = made

@@ -11,12 +11,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from attnlang.codegen.isa import COMMON_FLAGS
+
 from .errors import Unavailable
 
-__all__ = ["BASE_FLAGS", "Compiler", "compile_library", "find_compiler", "processor_features"]
-
-BASE_FLAGS = ("-O3", "-shared", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-pthread")
-"""Flags of every kernel. Value-changing ones (-ffast-math) are never among them: kernels rely on NaN and infinity."""
+__all__ = ["Compiler", "compile_library", "find_compiler", "processor_features"]
 
 TIMEOUT = 120.0
 """Seconds after which a compiler run is given up."""
@@ -63,7 +62,7 @@ def compile_library(compiler: Compiler, source: Path, library: Path, flags: tupl
     Raises:
         Unavailable: the compiler fails; the reason quotes its first error.
     """
-    command = [*compiler.command, *BASE_FLAGS, *flags, str(source), "-o", str(library), "-lm"]
+    command = [*compiler.command, *COMMON_FLAGS, *flags, str(source), "-o", str(library), "-lm"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-
-from attnlang.ir import Program, dense_mask, reference_attention
 from attnlang.runtime.call import Call
 from attnlang.runtime.cpp import forward
+
+from attnlang.ir import Program, dense_mask, reference_attention
 
 Tensor = torch.Tensor
 
@@ -51,6 +52,12 @@ class BruteForceRuns:
         return self.table
 
 
+@functools.cache
+def diagonal(tile: tuple[int, int], length: int = 400) -> BruteForceRuns:
+    """PARTIAL runs along the diagonal, whatever the mask."""
+    return BruteForceRuns(torch.eye(length, dtype=torch.bool)[None, None], tile, partial=True)
+
+
 def make_call(
     program: Program,
     q: Tensor,
@@ -61,18 +68,21 @@ def make_call(
     sizes: Mapping[str, int] | None = None,
     scale: float | None = None,
     partial: bool = False,
+    runs: Callable[[tuple[int, int]], Any] | None = None,
 ) -> Call:
     bound = {"B": q.shape[0], "H": q.shape[1], "Hkv": k.shape[1], "Lq": q.shape[2], "Lk": k.shape[2], **(sizes or {})}
     params, tensors = params or {}, tensors or {}
     found: dict[tuple[int, int], BruteForceRuns] = {}
 
-    def runs(tile: tuple[int, int]) -> Any:
+    def from_mask(tile: tuple[int, int]) -> Any:
         if tile not in found:
             mask = dense_mask(program, bound, params, tensors)
             found[tile] = BruteForceRuns(mask, tile, partial)
         return found[tile]
 
-    return Call(program, q, k, v, bound, params, tensors, q.shape[3] ** -0.5 if scale is None else scale, runs)
+    return Call(
+        program, q, k, v, bound, params, tensors, q.shape[3] ** -0.5 if scale is None else scale, runs or from_mask
+    )
 
 
 def check(call: Call, atol: float = 2e-5, rtol: float = 2e-5) -> tuple[Tensor, Tensor]:

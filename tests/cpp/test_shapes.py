@@ -29,7 +29,9 @@ def qkv(lq: int, lk: int, d: int = 32, dv: int | None = None, heads: int = 2, kv
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("lengths", [(1, 1), (7, 7), (127, 129), (129, 127), (1, 1000), (16, 200), (17, 65), (1000, 64)])
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (7, 7), (127, 129), (129, 127), (1, 1000), (16, 200), (17, 65), (1000, 64)]
+)
 def test_lengths(name: str, lengths: tuple[int, int]) -> None:
     check(make_call(PROGRAMS[name], *qkv(*lengths)))
 
@@ -40,7 +42,9 @@ def test_empty_lengths(lengths: tuple[int, int]) -> None:
     assert not o.any() and bool((lse == -torch.inf).all())
 
 
-@pytest.mark.parametrize("dims", [(1, 1), (8, 8), (24, 24), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (64, 7), (512, 512)])
+@pytest.mark.parametrize(
+    "dims", [(1, 1), (8, 8), (24, 24), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (64, 7), (512, 512)]
+)
 def test_head_dims(dims: tuple[int, int]) -> None:
     check(make_call(CAUSAL, *qkv(70, 90, *dims)))
 
