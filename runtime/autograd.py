@@ -1,12 +1,14 @@
 """Gradients of any forward backend, recomputed blockwise in PyTorch from the saved row statistics.
 
-With p = exp(score - lse), delta = rowsum(do * o) and dp = do v^T:
+With p = exp(score - lse), dp = do v^T and delta = rowsum(p * dp):
 
     d score = p * (dp - delta + dlse)        dv = p^T do
     d raw, d captured = pullback of the score expression
     dq = scale * d raw k                     dk = scale * d raw^T q
 
-Memory is linear in the lengths. Gradients of gradients go through the differentiable eager executor.
+delta is taken from p and dp and not, as is usual, from do * o, whose rounding costs half-precision gradients their
+digits where contributions cancel. Memory is linear in the lengths. Gradients of gradients go through the differentiable
+eager executor.
 """
 
 from __future__ import annotations
@@ -64,12 +66,12 @@ class _Attend(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         spec, *tensors = inputs
         ctx.spec = spec
-        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_backward(output[1], *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        o, lse, q, k, v, *captured = ctx.saved_tensors
+        lse, q, k, v, *captured = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad[1:]
         do, dlse = grads
         if do is None and dlse is None:
@@ -78,7 +80,7 @@ class _Attend(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, *_differentiable(call, spec.names, needs, do, dlse))
         with torch.autocast(q.device.type, enabled=False):
-            return (None, *_Backward(call, spec.names, needs, o, lse, do, dlse).run())
+            return (None, *_Backward(call, spec.names, needs, lse, do, dlse).run())
 
 
 def _differentiable(
@@ -99,6 +101,36 @@ def _differentiable(
     return [next(found) if need else None for need in needs]
 
 
+@dataclass(frozen=True)
+class _Here:
+    """What one block of queries works on: its rows, the rows of its key heads, and where their gradients go."""
+
+    block: eager.Block
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dk: Tensor
+    dv: Tensor
+    lse: Tensor
+    do: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """One chunk of pairs [b, h, m, n]: raw scores, modified scores (recorded), visibility, weights, d weights."""
+
+    raw: Tensor
+    scores: Tensor
+    seen: Tensor
+    p: Tensor
+    dp: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """Contribution to rowsum(p * dp), [b, h, m, 1]."""
+        return torch.where(self.seen, self.p * self.dp, 0.0).sum(-1, keepdim=True)
+
+
 class _Backward:
     """One first-order backward pass."""
 
@@ -107,7 +139,6 @@ class _Backward:
         call: Call,
         names: tuple[str, ...],
         needs: tuple[bool, ...],
-        o: Tensor,
         lse: Tensor,
         do: Tensor | None,
         dlse: Tensor | None,
@@ -133,12 +164,13 @@ class _Backward:
         self.dq, self.dk, self.dv = (torch.zeros_like(r) for r in (self.q, self.k, self.v))
         self.lse = lse.to(dtype)
         self.do = None if do is None else do.to(dtype)
-        shift = torch.zeros_like(self.lse) if dlse is None else dlse.to(dtype)
-        self.shift = shift if self.do is None else shift - (self.do * o.to(dtype)).sum(-1)
+        self.dlse = None if dlse is None else dlse.to(dtype)
         self.captured = {
-            n: call.tensors[n].detach().requires_grad_() for n, need in zip(names, needs[3:], strict=True) if need
+            n: _at_least(call.tensors[n].detach(), dtype).requires_grad_()
+            for n, need in zip(names, needs[3:], strict=True)
+            if need
         }
-        self.dcaptured = {n: torch.zeros(t.shape, dtype=dtype, device=t.device) for n, t in self.captured.items()}
+        self.dcaptured = {n: torch.zeros_like(t) for n, t in self.captured.items()}
         self.inner = replace(call, tensors={**call.tensors, **self.captured})
 
     def run(self) -> list[Tensor | None]:
@@ -164,30 +196,46 @@ class _Backward:
 
     def _block(self, block: eager.Block) -> None:
         heads = self.call.sizes["H"]
-        where = (block.batch, block.heads, block.rows)
-        q, lse, shift = self.q[where], self.lse[where], self.shift[where]
-        k, v = eager.pick_heads(self.k, block, heads), eager.pick_heads(self.v, block, heads)
-        dk, dv = eager.pick_heads(self.dk, block, heads), eager.pick_heads(self.dv, block, heads)
-        do = None if self.do is None else self.do[where]
-        shape = q.shape[:3]
+        k, v, dk, dv = (eager.pick_heads(t, block, heads) for t in (self.k, self.v, self.dk, self.dv))
+        rows = (block.batch, block.heads, block.rows)
+        do = None if self.do is None else self.do[rows]
+        here = _Here(block, self.q[rows], k, v, dk, dv, self.lse[rows], do)
+        shift = 0.0 if self.dlse is None else self.dlse[rows][..., None]
+        if len(block.chunks) == 1:
+            pairs = self._pairs(here, block.chunks[0])
+            self._chunk(here, block.chunks[0], pairs, shift - pairs.delta)
+            return
+        if here.do is not None and block.chunks:  # delta needs all keys of a row, so pairs are computed twice
+            shift = shift - sum(self._pairs(here, chunk).delta for chunk in block.chunks)
         for chunk in block.chunks:
-            keys, values = chunk.rows(k), chunk.rows(v)
-            queries = eager.grouped(q, keys.shape[1])
-            raw = (queries @ keys.transpose(-1, -2)).reshape(*shape, -1) * self.call.scale
-            with torch.enable_grad():
-                raw.requires_grad_()
-                scores, mask = eager.chunk_scores(self.inner, block, chunk, raw)
-            seen = torch.isfinite(lse)[..., None] if mask is None else mask & torch.isfinite(lse)[..., None]
-            p = torch.where(seen, torch.exp(scores.detach() - lse[..., None]), 0.0)
-            dp = shift[..., None]
-            if do is not None:
-                rows = eager.grouped(do, values.shape[1])
-                dp = dp + (rows @ values.transpose(-1, -2)).reshape(*shape, -1)
-                _add(dv, chunk, eager.grouped(p, values.shape[1]).transpose(-1, -2) @ rows)
-            draw = self._pullback(scores, raw, torch.where(seen, p * dp, 0.0)) * self.call.scale
-            draw = eager.grouped(draw, keys.shape[1])
-            self.dq[where] += (draw @ keys).reshape(*shape, -1)
-            _add(dk, chunk, draw.transpose(-1, -2) @ queries)
+            self._chunk(here, chunk, self._pairs(here, chunk), shift)
+
+    def _pairs(self, here: _Here, chunk: eager.KeyChunk) -> _Pairs:
+        """Recompute the weights of a chunk, recording the score expression."""
+        shape = here.q.shape[:3]
+        keys, values = chunk.rows(here.k), chunk.rows(here.v)
+        raw = (eager.grouped(here.q, keys.shape[1]) @ keys.transpose(-1, -2)).reshape(*shape, -1) * self.call.scale
+        with torch.enable_grad():
+            raw.requires_grad_()
+            scores, mask = eager.chunk_scores(self.inner, here.block, chunk, raw)
+        some = torch.isfinite(here.lse)[..., None]
+        seen = some.expand(raw.shape) if mask is None else mask & some
+        p = torch.where(seen, torch.exp(scores.detach() - here.lse[..., None]), 0.0)
+        dp = torch.zeros_like(p)
+        if here.do is not None:
+            dp = (eager.grouped(here.do, values.shape[1]) @ values.transpose(-1, -2)).reshape(*shape, -1)
+        return _Pairs(raw, scores, seen, p, dp)
+
+    def _chunk(self, here: _Here, chunk: eager.KeyChunk, pairs: _Pairs, shift: Tensor | float) -> None:
+        keys = chunk.rows(here.k)
+        dscores = torch.where(pairs.seen, pairs.p * (pairs.dp + shift), 0.0)
+        draw = eager.grouped(self._pullback(pairs.scores, pairs.raw, dscores) * self.call.scale, keys.shape[1])
+        block = here.block
+        self.dq[block.batch, block.heads, block.rows] += (draw @ keys).reshape(here.q.shape)
+        _add(here.dk, chunk, draw.transpose(-1, -2) @ eager.grouped(here.q, keys.shape[1]))
+        if here.do is not None:
+            p = eager.grouped(pairs.p, here.v.shape[1])
+            _add(here.dv, chunk, p.transpose(-1, -2) @ eager.grouped(here.do, here.v.shape[1]))
 
     def _pullback(self, scores: Tensor, raw: Tensor, dscores: Tensor) -> Tensor:
         """Gradient of the raw scores; gradients of captured tensors are added up on the way."""
@@ -199,6 +247,11 @@ class _Backward:
             if found is not None:
                 total += found
         return torch.zeros_like(raw) if draw is None else draw
+
+
+def _at_least(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Widen ``t`` to ``dtype``, so that many small contributions to its gradient are not rounded one by one."""
+    return t.to(torch.promote_types(t.dtype, dtype))
 
 
 def _add(total: Tensor, chunk: eager.KeyChunk, found: Tensor) -> None:

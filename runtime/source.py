@@ -1,0 +1,72 @@
+"""Generated source of a program for a named target, without a device of that kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from attnlang.ir import BOOL, INT, Program, Type, UsageError
+
+from .bind import suggest
+
+__all__ = ["DTYPES", "TARGETS", "check_target", "source"]
+
+TARGETS = ("cpu", "cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+"""Targets that are tested; ``cpu:<instruction set>`` and other chips of the same kinds are accepted, too."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+MAX_DIM = 512
+_GPU = re.compile(r"cuda:\d{2,3}\Z|hip:gfx[0-9a-f]{3,4}\Z")
+_STORAGE: dict[Type, str] = {BOOL: "bool", INT: "int64"}
+
+
+def check_target(target: str) -> str:
+    """Return ``target``.
+
+    Raises:
+        UsageError: not the name of a target.
+    """
+    from attnlang.codegen.isa import ISAS
+
+    if isinstance(target, str) and (target == "cpu" or target.removeprefix("cpu:") in ISAS or _GPU.match(target)):
+        return target
+    raise UsageError(f"unknown target {target!r}{suggest(str(target), (*TARGETS, *(f'cpu:{name}' for name in ISAS)))}")
+
+
+def source(
+    program: Program,
+    target: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    storage: Mapping[str, str] | None = None,
+) -> str:
+    """Return the forward kernel of a specialised program as source.
+
+    ``storage`` gives dtype names of captured tensors; int64, float32 and bool where it is silent.
+
+    Raises:
+        UsageError: unknown target or dtype, or a head dimension outside 1 to 512.
+    """
+    from attnlang.codegen.plan import make_plan
+
+    check_target(target)
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}")
+    for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
+        if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MAX_DIM:
+            raise UsageError(f"{name} must be an int from 1 to {MAX_DIM}, got {dim!r}")
+    held = {t.name: (storage or {}).get(t.name, _STORAGE.get(t.type, "float32")) for t in program.tensors}
+    plan = make_plan(program, dtype=dtype, head_dim=head_dim, value_dim=value_dim, storage=held)
+    if target.startswith("cpu"):
+        from attnlang.codegen.cpp import emit as emit_cpp
+        from attnlang.codegen.isa import ISAS, best_isa
+
+        from .toolchain import processor_features
+
+        chosen = target.partition(":")[2]
+        return emit_cpp(plan, ISAS[chosen] if chosen else best_isa(processor_features()))
+    from attnlang.codegen.triton import emit as emit_triton
+    from attnlang.codegen.triton_tiles import candidates
+
+    return emit_triton(plan, candidates(plan, target)[0])
