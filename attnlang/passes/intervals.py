@@ -158,6 +158,10 @@ def _sign(xp: Carrier, a: Interval) -> Interval:
 
 def _div_positive(xp: Carrier, a: Interval, b: Interval) -> Interval:
     """``a // b`` for ``b >= 1``: monotone in a; decreasing in b where a >= 0 and increasing where a < 0."""
+    if b.lo is b.hi and b.lo == 1:
+        return a
+    if b.lo is b.hi:
+        return Interval(xp.where(a.lo <= -INF, -INF, a.lo // b.lo), xp.where(a.hi >= INF, INF, a.hi // b.lo))
     lo = xp.where(a.lo >= 0, a.lo // b.hi, a.lo // b.lo)
     hi = xp.where(a.hi >= 0, a.hi // b.lo, a.hi // b.hi)
     return Interval(xp.where(a.lo <= -INF, -INF, lo), xp.where(a.hi >= INF, INF, hi))
@@ -165,12 +169,16 @@ def _div_positive(xp: Carrier, a: Interval, b: Interval) -> Interval:
 
 def _mod_positive(xp: Carrier, a: Interval, b: Interval) -> Interval:
     """``a % b`` for ``b >= 1``: exact in one quotient of a single divisor, or below every divisor."""
-    same = (b.lo == b.hi) & (a.lo // b.lo == a.hi // b.lo) & (a.lo > -INF) & (a.hi < INF)
+    low, high = a.lo // b.lo, a.hi // b.lo
+    same = (low == high) & (a.lo > -INF) & (a.hi < INF)
+    if b.lo is b.hi:  # one divisor: what lies below it lies in one quotient
+        return Interval(xp.where(same, a.lo - low * b.lo, 0), xp.where(same, a.hi - high * b.lo, b.hi - 1))
+    same = same & (b.lo == b.hi)
     small = (a.lo >= 0) & (a.hi < b.lo)
     top = b.hi - 1
     top = xp.where((a.lo >= 0) & (a.hi < top), a.hi, top)
-    lo = xp.where(small, a.lo, xp.where(same, a.lo % b.lo, 0))
-    hi = xp.where(small, a.hi, xp.where(same, a.hi % b.lo, top))
+    lo = xp.where(small, a.lo, xp.where(same, a.lo - low * b.lo, 0))
+    hi = xp.where(small, a.hi, xp.where(same, a.hi - high * b.lo, top))
     return Interval(lo, hi)
 
 

@@ -14,12 +14,12 @@ import numpy as np
 from attnlang.passes.intervals import Interval
 
 from .classify import Boxes, Classifier
-from .runmap import FULL, PARTIAL, RunMap, _within, build_runs
+from .runmap import FULL, PARTIAL, RunMap, build_runs
 
 __all__ = ["descend"]
 
 CUT = 2  # a cut makes 2^CUT parts along an axis
-CHUNK = 1 << 17  # boxes classified at once: bounds the memory of a level
+CHUNK = 1 << 15  # boxes classified at once: bounds the memory of a level
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,30 @@ def _cut(level: _Level, wish: np.ndarray, shape: tuple[int, int]) -> _Level:
     """Cut boxes along the axes wished for, dropping parts beyond the problem."""
     cut_q = np.where(wish & 4, np.minimum(level.eq, CUT), 0)
     cut_k = np.where(wish & 8, np.minimum(level.ek, CUT), 0)
-    eq, ek = level.eq - cut_q, level.ek - cut_k
-    parts = 1 << (cut_q + cut_k)
-    part = _within(parts)
-    parent = np.repeat(np.arange(len(level)), parts)
-    ck = cut_k[parent]
-    q = level.q[parent] + ((part >> ck) << eq[parent])
-    k = level.k[parent] + ((part & ((1 << ck) - 1)) << ek[parent])
-    keep = np.nonzero((q < shape[0]) & (k < shape[1]))[0]
-    parent = parent[keep]
-    return _Level(level.slot[parent], q[keep], k[keep], eq[parent], ek[parent])
+    parts = []
+    for cq in range(CUT + 1):
+        for ck in range(CUT + 1):
+            pick = np.nonzero((cut_q == cq) & (cut_k == ck))[0]
+            if len(pick):
+                parts.append(_split(level.take(pick), cq, ck, shape))
+    return parts[0] if len(parts) == 1 else _Level(*(np.concatenate(x) for x in zip(*map(_fields, parts), strict=True)))
+
+
+def _fields(level: _Level) -> tuple[np.ndarray, ...]:
+    return level.slot, level.q, level.k, level.eq, level.ek
+
+
+def _split(level: _Level, cq: int, ck: int, shape: tuple[int, int]) -> _Level:
+    """Cut every box into 2^cq x 2^ck parts."""
+    grid = (len(level), 1 << cq, 1 << ck)
+    eq, ek = level.eq - cq, level.ek - ck
+    q = level.q[:, None, None] + (np.arange(1 << cq)[None, :, None] << eq[:, None, None])
+    k = level.k[:, None, None] + (np.arange(1 << ck)[None, None, :] << ek[:, None, None])
+    keep = np.nonzero(((q < shape[0]) & (k < shape[1])).reshape(-1))[0]
+    every = len(keep) == grid[0] * grid[1] * grid[2]
+    fields = (level.slot[:, None, None], q, k, eq[:, None, None], ek[:, None, None])
+    flat = (np.broadcast_to(x, grid).reshape(-1) for x in fields)
+    return _Level(*(x if every else x[keep] for x in flat))
 
 
 def descend(classifier: Classifier, tile: tuple[int, int], sizes: tuple[int, int], batch: int, heads: int) -> RunMap:
@@ -61,6 +75,7 @@ def descend(classifier: Classifier, tile: tuple[int, int], sizes: tuple[int, int
     lq, lk = sizes
     nq, nk = -(-lq // bm), -(-lk // bn)
     slots = batch * heads
+    none = np.zeros(1, np.int64)  # broadcasts where the mask does not read b or h
     found: list[tuple[np.ndarray, ...]] = []
     pending: list[_Level] = []
     if slots and nq and nk:
@@ -74,8 +89,8 @@ def descend(classifier: Classifier, tile: tuple[int, int], sizes: tuple[int, int
             continue
         q1, k1 = np.minimum(level.q + (1 << level.eq), nq), np.minimum(level.k + (1 << level.ek), nk)
         boxes = Boxes(
-            level.slot // heads,
-            level.slot % heads,
+            level.slot // heads if batch > 1 else none,
+            level.slot % heads if heads > 1 else none,
             Interval(level.q * bm, np.minimum(q1 * bm, lq) - 1),
             Interval(level.k * bn, np.minimum(k1 * bn, lk) - 1),
         )
@@ -102,9 +117,5 @@ def _collect(
     nq = -(-sizes[0] // tile[0])
     none = np.zeros(0, np.int64)
     slot, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True)) if found else (none,) * 6
-    height = q1 - q0
-    row = np.repeat(slot * nq + q0, height) + _within(height)
-    ptr, start, end, kinds = build_runs(
-        row, np.repeat(k0, height), np.repeat(k1, height), np.repeat(kind, height), batch * heads * nq
-    )
+    ptr, start, end, kinds = build_runs(slot * nq + q0, k0, k1, kind, batch * heads * nq, q1 - q0)
     return RunMap(tile, sizes, batch, heads, ptr, start, end, kinds)

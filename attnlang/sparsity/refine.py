@@ -90,9 +90,9 @@ def _corners(boxes: Boxes) -> list[Boxes]:
 
 def refine(classifier: Classifier, runs: RunMap, tiles: int = TILES, budget: int = BUDGET) -> RunMap:
     """Return ``runs`` with partial tiles decided where their pieces can be (unchanged if there are too many)."""
-    row, column = partial_tiles(runs)
-    if not 0 < len(row) <= tiles:
+    if not 0 < runs.counts()[1] <= tiles:
         return runs
+    row, column = partial_tiles(runs)
     (bm, bn), (lq, lk) = runs.tile, runs.sizes
     slot, i = row // runs.nq, row % runs.nq
     boxes = Boxes(

@@ -252,30 +252,48 @@ def _paint(shape: tuple[int, int], row: np.ndarray, start: np.ndarray, end: np.n
 
 
 def build_runs(
-    row: np.ndarray, start: np.ndarray, end: np.ndarray, kind: np.ndarray, rows: int
+    row: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    kind: np.ndarray,
+    rows: int,
+    height: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sort disjoint pieces by row and start, join neighbours of one kind, and return (ptr, start, end, kind)."""
-    bits = [max(1, int(x.max()).bit_length()) if len(x) else 1 for x in (row, end)]
-    if bits[0] + 2 * bits[1] + 2 <= 62:
-        packed = (((row.astype(np.int64) << bits[1] | start) << bits[1] | end) << 2) | kind
+    """Sort disjoint pieces by row and start, join neighbours of one kind, and return (ptr, start, end, kind).
+
+    A piece covers ``height`` rows from ``row`` on (default 1).
+    """
+    side = max(1, int(end.max()).bit_length()) if len(end) else 1
+    shift = 2 * side + 2
+    if shift + max(1, rows).bit_length() <= 62:  # one sortable number a piece: row, start, end, kind
+        packed = (row.astype(np.int64) << shift) | (start.astype(np.int64) << (side + 2)) | (end << 2) | kind
+        if height is not None:
+            packed = np.repeat(packed, height)
+            packed += _within(height) << shift
         packed.sort()
-        mask = (1 << bits[1]) - 1
-        kind, end, start, row = (
-            packed & 3,
-            packed >> 2 & mask,
-            packed >> (2 + bits[1]) & mask,
-            packed >> (2 + 2 * bits[1]),
-        )
+        mask = (1 << side) - 1
+        row, tail = packed >> shift, packed & ((1 << shift) - 1)
+        # neighbours join if this end, and the kind, are the next start and its kind
+        ahead = (tail[:-1] >> 2 & mask) == tail[1:] >> (side + 2)
+        first = np.ones(len(packed), bool)
+        first[1:] = (row[1:] != row[:-1]) | ((tail[1:] ^ tail[:-1]) & 3 != 0) | (ahead == False)  # noqa: E712
+        at = np.nonzero(first)[0]
+        last = np.append(at[1:], len(row)) - 1 if len(at) else at
+        start, end, kind = tail[at] >> (side + 2), tail[last] >> 2 & mask, tail[at] & 3
     else:
+        if height is not None:
+            row = np.repeat(row, height) + _within(height)
+            start, end, kind = (np.repeat(x, height) for x in (start, end, kind))
         order = np.lexsort((start, row))
         row, start, end, kind = row[order], start[order], end[order], kind[order]
-    first = np.ones(len(row), bool)
-    first[1:] = (row[1:] != row[:-1]) | (kind[1:] != kind[:-1]) | (start[1:] != end[:-1])
-    at = np.nonzero(first)[0]
-    last = np.append(at[1:], len(row)) - 1 if len(at) else at
+        first = np.ones(len(row), bool)
+        first[1:] = (row[1:] != row[:-1]) | (kind[1:] != kind[:-1]) | (start[1:] != end[:-1])
+        at = np.nonzero(first)[0]
+        last = np.append(at[1:], len(row)) - 1 if len(at) else at
+        start, end, kind = start[at], end[last], kind[at]
     ptr = np.zeros(rows + 1, np.int64)
     np.cumsum(np.bincount(row[at], minlength=rows), out=ptr[1:])
-    return ptr, start[at].astype(np.int32), end[last].astype(np.int32), kind[at].astype(np.uint8)
+    return ptr, start.astype(np.int32), end.astype(np.int32), kind.astype(np.uint8)
 
 
 def _transpose(runs: RunMap) -> RunMap:
@@ -291,10 +309,7 @@ def _transpose(runs: RunMap) -> RunMap:
     at = np.nonzero(new)[0]
     last = np.append(at[1:], len(r)) - 1 if len(at) else at
     height = (e[at] - a[at]).astype(np.int64)
-    column = np.repeat(s[at] * nk + a[at], height) + _within(height)
-    ptr, start, end, kind = build_runs(
-        column, np.repeat(r[at], height), np.repeat(r[last] + 1, height), np.repeat(c[at], height), slots * nk
-    )
+    ptr, start, end, kind = build_runs(s[at] * nk + a[at], r[at], r[last] + 1, c[at], slots * nk, height)
     sizes, tile = (runs.sizes[1], runs.sizes[0]), (runs.tile[1], runs.tile[0])
     return RunMap(tile, sizes, runs.batch, runs.heads, ptr, start, end, kind)
 

@@ -264,6 +264,7 @@ class Terms:
         if form.terms[0][1] < 0:
             g = -g
         form = Linear(form.const // g, tuple((ref, c // g) for ref, c in form.terms))
+        form = self._without_abs(form)
         for ref, c in form.terms:
             node = self.nodes[ref]
             if node.op == "where" and self._budget > 0:
@@ -272,6 +273,17 @@ class Terms:
                 if low is not None and high is not None:
                     return self._ite(self._cond(node), self._zero(low), self._zero(high))
         return self._bool("eq0", (form,))
+
+    def _without_abs(self, form: Linear) -> Linear:
+        """``abs(x) % c == 0`` is ``x % c == 0``, which does not fold the tile at the diagonal."""
+        if form.const == 0 and len(form.terms) == 1 and self.nodes[form.terms[0][0]].op == "mod":
+            inner, divisor = self.nodes[form.terms[0][0]].args
+            assert isinstance(inner, Linear) and isinstance(divisor, Linear)
+            if not divisor.terms and divisor.const > 0 and inner.const == 0 and len(inner.terms) == 1:
+                node = self.nodes[inner.terms[0][0]]
+                if node.op == "abs" and isinstance(node.args[0], Linear) and abs(inner.terms[0][1]) == 1:
+                    return self._divide("mod", node.args[0], divisor.const)
+        return form
 
     # --- logic
 
