@@ -184,9 +184,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-SUFFIXES = {"cpu": ".so", "cuda": ".cubin", "hip": ".hsaco"}
-
-
 def compile_to(
     source: str,
     out: str,
@@ -199,8 +196,8 @@ def compile_to(
 ) -> list[str]:
     """Write the generated source of a program to ``out`` and return what was done, in words."""
     program = load_program(source)
-    kind = target.partition(":")[0]
-    name = str(parse_dtype(dtype or ("float32" if kind == "cpu" else "bfloat16"))).removeprefix("torch.")
+    usual = "float32" if target.partition(":")[0] == "cpu" else "bfloat16"
+    name = str(parse_dtype(dtype or usual)).removeprefix("torch.")
     static: dict[str, Scalar] = fit_settings(program, parse_settings(settings))
     attention = Attention(program, backend=None, **static)
     text = attention.source(target, head_dim, value_dim, name)
@@ -214,10 +211,10 @@ def compile_to(
     what = f"{program.name} for {target}, {name}, head dimension {head_dim}"
     done = [f"wrote {path} ({len(text.splitlines())} lines): {what}"]
     if binary:
-        from attnlang.runtime.source import binary as build
+        from attnlang.runtime.binary import binary as build
 
-        compiled = path.with_suffix(SUFFIXES[kind])
-        data = build(attention.program, target, head_dim, value_dim or head_dim, name)
-        write_atomically(compiled, lambda temporary: temporary.write_bytes(data))
-        done.append(f"wrote {compiled} ({len(data)} bytes)")
+        built = build(attention.program, target, head_dim, value_dim or head_dim, name)
+        compiled = path.with_suffix(built.suffix)
+        write_atomically(compiled, lambda temporary: temporary.write_bytes(built.data))
+        done.append(f"wrote {compiled} ({len(built.data)} bytes): {built.needs}")
     return done

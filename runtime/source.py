@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from attnlang.ir import BOOL, INT, Program, Type, UsageError
 
 from .bind import suggest
 
-__all__ = ["DTYPES", "TARGETS", "check_target", "source"]
+if TYPE_CHECKING:
+    from attnlang.codegen.isa import Isa
+    from attnlang.codegen.plan import KernelPlan
+
+__all__ = ["DTYPES", "TARGETS", "check_target", "isa_for", "plan_for", "source"]
 
 TARGETS = ("cpu", "cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 """Targets that are tested; ``cpu:<instruction set>`` and other chips of the same kinds are accepted, too."""
@@ -33,15 +38,15 @@ def check_target(target: str) -> str:
     raise UsageError(f"unknown target {target!r}{suggest(str(target), (*TARGETS, *(f'cpu:{name}' for name in ISAS)))}")
 
 
-def source(
+def plan_for(
     program: Program,
     target: str,
     head_dim: int,
     value_dim: int,
     dtype: str,
     storage: Mapping[str, str] | None = None,
-) -> str:
-    """Return the forward kernel of a specialised program as source.
+) -> KernelPlan:
+    """Return the plan of the forward kernel of a specialised program.
 
     ``storage`` gives dtype names of captured tensors; int64, float32 and bool where it is silent.
 
@@ -57,15 +62,37 @@ def source(
         if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MAX_DIM:
             raise UsageError(f"{name} must be an int from 1 to {MAX_DIM}, got {dim!r}")
     held = {t.name: (storage or {}).get(t.name, _STORAGE.get(t.type, "float32")) for t in program.tensors}
-    plan = make_plan(program, dtype=dtype, head_dim=head_dim, value_dim=value_dim, storage=held)
+    return make_plan(program, dtype=dtype, head_dim=head_dim, value_dim=value_dim, storage=held)
+
+
+def isa_for(target: str) -> Isa:
+    """Return the instruction set of ``cpu:NAME``, or for ``cpu`` the best one of this processor."""
+    from attnlang.codegen.isa import ISAS, best_isa
+
+    from .toolchain import processor_features
+
+    chosen = target.partition(":")[2]
+    return ISAS[chosen] if chosen else best_isa(processor_features())
+
+
+def source(
+    program: Program,
+    target: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    storage: Mapping[str, str] | None = None,
+) -> str:
+    """Return the forward kernel of a specialised program as source.
+
+    Raises:
+        UsageError: see :func:`plan_for`.
+    """
+    plan = plan_for(program, target, head_dim, value_dim, dtype, storage)
     if target.startswith("cpu"):
         from attnlang.codegen.cpp import emit as emit_cpp
-        from attnlang.codegen.isa import ISAS, best_isa
 
-        from .toolchain import processor_features
-
-        chosen = target.partition(":")[2]
-        return emit_cpp(plan, ISAS[chosen] if chosen else best_isa(processor_features()))
+        return emit_cpp(plan, isa_for(target))
     from attnlang.codegen.triton import emit as emit_triton
     from attnlang.codegen.triton_tiles import candidates
 

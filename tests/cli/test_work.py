@@ -42,6 +42,21 @@ def test_compile_for_gpus_gives_python_that_needs_only_torch_and_triton(
     assert names <= {"torch", "triton", "math", "typing", "__future__"}
 
 
+@pytest.mark.parametrize(
+    ("target", "suffix", "magic"),
+    [("cpu", ".so", None), ("cuda:90", ".cubin", b"\x7fELF"), ("hip:gfx942", ".hsaco", b"\x7fELF")],
+)
+def test_compile_to_a_binary_without_a_device(
+    invoke: Invoke, good: Path, tmp_path: Path, target: str, suffix: str, magic: bytes | None
+) -> None:
+    result = invoke("compile", f"{good}:packed", "-o", tmp_path / "kernel.src", "--target", target, "--binary")
+    assert result.exit_code == 0, result.output
+    data = (tmp_path / f"kernel{suffix}").read_bytes()
+    assert len(data) > 1000
+    assert magic is None or data.startswith(magic)
+    assert {p.name for p in tmp_path.iterdir()} == {"good.attn", "kernel.src", f"kernel{suffix}"}
+
+
 def test_compile_prints_and_is_deterministic(invoke: Invoke, good: Path) -> None:
     first, second = (invoke("compile", good, "-o", "-", "--set", "width=3") for _ in range(2))
     assert first.exit_code == 1, "packed has no width"
