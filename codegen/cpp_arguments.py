@@ -69,7 +69,7 @@ def arguments(plan: KernelPlan) -> Arguments:
         for d in range(tensor.rank):
             fields.append(Field(f"{t}_s{d}", "int64", ("step", tensor.name, str(d))))
             fields.append(Field(f"{t}_n{d}", "int64", ("length", tensor.name, str(d))))
-            local += [f"const int64 {t}_s{d} = a.{t}_s{d}, {t}_n{d} = a.{t}_n{d};"]
+            local.append(f"const int64 {t}_s{d} = a.{t}_s{d};")
     for scalar in plan.scalars:
         ctype = "double" if scalar.type is FLOAT else "int64"
         fields.append(Field(f"p_{scalar.name}", ctype, ("param", scalar.name)))

@@ -184,7 +184,7 @@ class CppPrinter(Printer):
         for d, (index, (low, high)) in enumerate(zip(node.indices, self.plan.load_guards(node), strict=True)):
             laned = at in _LANED and self.plan.level(index) in _LANED
             level = at if laned else Level.GRID
-            text = self._clamped(index, level, laned, f"t_{node.tensor}_n{d}", low, high)
+            text = self._clamped(index, level, laned, f"a.t_{node.tensor}_n{d}", low, high)
             stride = f"t_{node.tensor}_s{d}"
             if not laned:
                 fixed.append(f"(int64){text} * {stride}")

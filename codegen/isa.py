@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 __all__ = ["COMMON_FLAGS", "ISAS", "Isa", "best_isa", "few_rows"]
 
-COMMON_FLAGS = ("-O3", "-shared", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-pthread")
+COMMON_FLAGS = ("-O3", "-shared", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wno-psabi")
 """Flags of every kernel. Value-changing ones (-ffast-math) are never among them: kernels rely on NaN and infinity."""
 
 
