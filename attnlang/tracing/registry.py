@@ -34,10 +34,16 @@ def _signature(value: Any) -> Any:
     return value
 
 
+SMALL = 256
+"""Elements up to which a stand-in is a real tensor: meta tensors make PyTorch import its compiler, seconds of work."""
+
+
+def _stand_in(value: Any) -> Any:
+    return torch.ones(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+
 def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
-    return value
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
 
 def metadata(func: Any, args: Args, kwargs: Kwargs) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -46,7 +52,9 @@ def metadata(func: Any, args: Args, kwargs: Kwargs) -> tuple[torch.dtype, tuple[
     key = (func, _signature(args), tuple((k, _signature(v)) for k, v in kwargs.items()))
     found = _meta_cache.get(key)
     if found is None:
-        out = func(*map(_to_meta, args), **{k: _to_meta(v) for k, v in kwargs.items()})
+        large = any(isinstance(v, Tensor) and v.numel() > SMALL for v in (*args, *kwargs.values()))
+        make = _to_meta if large else _stand_in  # one device for all
+        out = func(*map(make, args), **{k: make(v) for k, v in kwargs.items()})
         out = out[0] if isinstance(out, tuple) else out
         found = out.dtype, tuple(out.shape)
         if len(_meta_cache) < 4096:
