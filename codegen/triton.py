@@ -7,34 +7,41 @@ deterministic; triton itself is not imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from attnlang.ir import Expr, Index, format_program, postorder
+from attnlang.ir import FLOAT, Expr, format_program
 from attnlang.passes.levels import Level
 
-from .plan import KernelPlan, Section, TensorArg, Value
+from .plan import KernelPlan, Section, Value
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, safe_name
 
-__all__ = ["Config", "emit", "padded"]
+__all__ = ["Arguments", "Config", "arguments", "emit", "padded"]
 
 KERNEL_NAME = "attention_forward"
+LINE = 120
+"""Longest line of code, where it can be broken."""
 WIDTH = 110
 """Longest comment line of a program's text."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile and launch parameters: queries and keys of a tile, warps, pipeline stages."""
+    """Tile and launch parameters: queries and keys of a tile, warps, pipeline stages.
+
+    ``descriptors`` reads and writes q, k, v and o through tensor descriptors (TMA) and not through pointers.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    descriptors: bool = False
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -43,7 +50,7 @@ class Config:
 
     @property
     def key(self) -> str:
-        return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}"
+        return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}" + "d" * self.descriptors
 
 
 def padded(dim: int) -> int:
@@ -74,49 +81,68 @@ def _lines(printer: TritonPrinter, values: Iterable[Value]) -> list[_Line]:
     return [_Line(printer.value_name(v.name), printer.value(v), _comment(v.comment)) for v in values]
 
 
-def _tensor_arguments(tensor: TensorArg) -> tuple[list[str], list[str]]:
-    """Kernel parameters of a captured tensor and the host expressions that fill them."""
-    name = safe_name(tensor.name)
-    dims = range(tensor.rank)
-    params = [f"{name}_ptr", *(f"{name}_stride{d}" for d in dims), *(f"{name}_size{d}" for d in dims)]
-    values = [name, *(f"{name}.stride({d})" for d in dims), *(f"{name}.size({d})" for d in dims)]
-    return params, values
+@dataclass(frozen=True)
+class Arguments:
+    """Parameters of the kernel and of ``launch``, in the fixed order of a plan.
+
+    ``call`` holds the host expression for each kernel parameter. ``loose`` parameters are not specialised on their
+    value. ``pointers`` maps captured tensors to their pointer parameter.
+    """
+
+    kernel: tuple[str, ...]
+    host: tuple[str, ...]
+    call: tuple[str, ...]
+    loose: tuple[str, ...]
+    pointers: Mapping[str, str]
+    last_strides: tuple[str, ...]
+    float_scalars: tuple[str, ...]
 
 
-def _arguments(plan: KernelPlan) -> dict[str, list[str]]:
-    """Kernel parameters, host parameters and the launch call, in the fixed order of a plan."""
-    axes = ("b", "h", "n", "d")
-    kernel = ["q_ptr", "k_ptr", "v_ptr", "o_ptr", "lse_ptr", *(f"{t}_stride_{a}" for t in "qkvo" for a in axes)]
-    call = ["q", "k", "v", "o", "lse", *(f"{t}.stride({d})" for t in "qkvo" for d in range(4))]
+_KNOWN_SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": "k.shape[1]", "Lk": "k.shape[2]"}
+_TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
+
+
+def _operands(plan: KernelPlan, config: Config) -> list[tuple[str, str]]:
+    """Kernel parameters for q, k, v, o and lse, with the host expressions that fill them."""
+    if config.descriptors:
+        d, dv = padded(plan.head_dim), padded(plan.value_dim)
+        blocks = {"q": (config.block_m, d), "k": (config.block_n, d), "v": (config.block_n, dv)}
+        blocks["o"] = (config.block_m, dv)
+        pairs = [(f"{t}_desc", f"descriptor({t}, {rows}, {columns})") for t, (rows, columns) in blocks.items()]
+        return [*pairs, ("lse_ptr", "lse")]
+    pairs = [("q_ptr", "q"), ("k_ptr", "k"), ("v_ptr", "v"), ("o_ptr", "o"), ("lse_ptr", "lse")]
+    return pairs + [(f"{t}_stride_{a}", f"{t}.stride({d})") for t in "qkvo" for d, a in enumerate("bhnd")]
+
+
+def arguments(plan: KernelPlan, config: Config) -> Arguments:
+    """Return the parameters of the kernel of ``plan``."""
+    pairs = [*_operands(plan, config), ("scale", "scale")]
     host = ["q", "k", "v", "o", "lse", "scale"]
     loose = ["scale"]
-    kernel.append("scale")
-    call.append("scale")
     for tensor in plan.tensors:
-        params, values = _tensor_arguments(tensor)
-        kernel += params
-        call += values
-        host.append(safe_name(tensor.name))
-        loose += [p for p in params if "_size" in p]
-    for param in plan.scalars:
-        name = safe_name(param.name)
-        kernel.append(name)
-        call.append(name)
+        name = safe_name(tensor.name)
+        pairs.append((f"{name}_ptr", name))
+        pairs += [(f"{name}_stride{d}", f"{name}.stride({d})") for d in range(tensor.rank)]
+        pairs += [(f"{name}_size{d}", f"{name}.size({d})") for d in range(tensor.rank)]
+        loose += [f"{name}_size{d}" for d in range(tensor.rank)]
         host.append(name)
-        loose.append(name)
-    known = {"H": "q.shape[1]", "Lq": "q.shape[2]", "Lk": "k.shape[2]", "B": "q.shape[0]", "Hkv": "k.shape[1]"}
-    for size in dict.fromkeys(("H", "Lq", "Lk", *plan.sizes)):
-        name = safe_name(size)
-        kernel.append(name)
-        call.append(known.get(size, name))
-        loose.append(name)
-        if size not in known:
-            host.append(name)
-    table = ["full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step"]
-    loose += table[4:]
-    return {"arguments": kernel + table, "host_arguments": host + table, "launch_arguments": call + table} | {
-        "unspecialised": loose
-    }
+    scalars = [safe_name(p.name) for p in plan.scalars]
+    extra = [n for n in plan.sizes if n not in _KNOWN_SIZES]
+    sizes = list(dict.fromkeys(("H", "Lq", "Lk", *plan.sizes)))
+    pairs += [(n, n) for n in scalars]
+    pairs += [(safe_name(n), _KNOWN_SIZES.get(n, safe_name(n))) for n in sizes]
+    pairs += [(n, n) for n in _TABLE]
+    host += [*scalars, *map(safe_name, extra), *_TABLE]
+    loose += [*scalars, *map(safe_name, sizes), *_TABLE[4:]]
+    return Arguments(
+        kernel=tuple(name for name, _ in pairs),
+        host=tuple(host),
+        call=tuple(text for _, text in pairs),
+        loose=tuple(loose),
+        pointers={t.name: f"{safe_name(t.name)}_ptr" for t in plan.tensors},
+        last_strides=tuple(f"{safe_name(t.name)}_stride{t.rank - 1}" for t in plan.tensors if t.rank),
+        float_scalars=tuple(safe_name(p.name) for p in plan.scalars if p.type is FLOAT),
+    )
 
 
 def _spread_root(printer: TritonPrinter, plan: KernelPlan, root: Expr) -> str:
@@ -139,29 +165,31 @@ def _scalar(text: str) -> str:
     return f"tl.full([], {text}, tl.int32)" if text.lstrip("-").isdigit() else text
 
 
-def _reads_k(plan: KernelPlan) -> bool:
-    roots = [e for e in (plan.score,) if e is not None]
-    return any(isinstance(n, Index) and n.axis == "k" for n in postorder(*roots))
+def _section(printer: TritonPrinter, source: Section, roots: tuple[Expr | None, ...]) -> dict[str, Any]:
+    """What a template needs to print one key loop that computes ``roots``."""
+    printer.used.clear()
+    col, pair = _lines(printer, source.col), _lines(printer, source.pair)
+    for root in roots:
+        if root is not None:
+            printer.text(root, Level.PAIR)
+    return {"col": col, "pair": pair, "reads_k": "k_idx" in printer.used, "distance": "k_distance" in printer.used}
 
 
 def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, Any]:
-    printer = TritonPrinter(plan)
+    printer = TritonPrinter(plan, interpreted=interpreted)
     block_d, block_dv = padded(plan.head_dim), padded(plan.value_dim)
-    pad_d, pad_dv = block_d != plan.head_dim, block_dv != plan.value_dim
-
-    def section(source: Section) -> dict[str, list[_Line]]:
-        return {"col": _lines(printer, source.col), "pair": _lines(printer, source.pair)}
-
+    full = _section(printer, plan.full, (plan.score,))
+    partial = _section(printer, plan.partial, (plan.score, plan.mask))
+    strides = "with any strides" if not config.descriptors else "with a last stride of 1 and 16-byte aligned rows"
     context: dict[str, Any] = {
         "config": config,
         "head_dim": plan.head_dim,
         "value_dim": plan.value_dim,
         "block_d": block_d,
         "block_dv": block_dv,
-        "pad_d": pad_d,
-        "pad_dv": pad_dv,
-        "k_and": " & d_mask[None, :]" if pad_d else "",
-        "v_and": " & dv_mask[None, :]" if pad_dv else "",
+        "d_columns": "d_mask[None, :]" if block_d != plan.head_dim else "",
+        "dv_columns": "dv_mask[None, :]" if block_dv != plan.value_dim else "",
+        "layout": strides,
         "precision": ', input_precision="ieee"' if plan.dtype == "float32" else "",
         # the interpreter multiplies the bits of bfloat16
         "operand": ".to(tl.float32)" if interpreted and plan.dtype == "bfloat16" else "",
@@ -178,16 +206,27 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
         "masked": plan.mask is not None,
         "score": None if plan.score is None else _spread_root(printer, plan, plan.score),
         "mask": None if plan.mask is None else _mask_text(printer, plan.mask),
-        "reads_k": _reads_k(plan),
-        "distance": False,
+        "distance": full["distance"] or partial["distance"],
         "grid_values": _lines(printer, plan.grid),
         "row_values": _lines(printer, plan.row),
-        "plan_full": section(plan.full),
-        "plan_partial": section(plan.partial),
-        **_arguments(plan),
+        "plan_full": full,
+        "plan_partial": partial,
+        "arguments": arguments(plan, config),
     }
     context["helpers"] = helper_sources(printer.helpers)
     return context
+
+
+def _wrapped(line: str) -> str:
+    """Break a long assignment of one call after its opening bracket."""
+    match = re.fullmatch(r"( *)([\w, ]+ = [\w.]+\()(.*)\)\n", line)
+    if len(line) <= LINE + 1 or match is None:
+        return line
+    indent, head, inside = match.groups()
+    one_call = all(depth >= 0 for depth in accumulate((c in "([") - (c in ")]") for c in inside))
+    if not one_call or len(indent) + 4 + len(inside) > LINE:
+        return line
+    return f"{indent}{head}\n{indent}    {inside}\n{indent})\n"
 
 
 @cache
@@ -206,4 +245,5 @@ def emit(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
 
     ``interpreted`` works around what Triton's interpreter cannot do; the results are the same.
     """
-    return str(_template().render(**_context(plan, config, interpreted)))
+    text = str(_template().render(**_context(plan, config, interpreted)))
+    return "".join(map(_wrapped, text.splitlines(keepends=True)))

@@ -22,11 +22,11 @@ from .triton_helpers import HELPERS
 __all__ = ["RESERVED", "TritonPrinter", "safe_name"]
 
 _TEMPLATE_NAMES = """
-acc attention_forward b bh d_idx d_mask decay dv_idx dv_mask first_tile float full_ptr full_runs h inside int k k_base
-k_distance k_idx k_local k_offsets k_ptr key_batch key_head key_pos launch lse lse_ptr map_batch map_heads map_row
-num_q_tiles num_stages num_warps o o_base o_offsets o_ptr part_ptr part_runs pid q q_base q_distance q_idx q_local
-q_offsets q_ptr query_inside range rate row_max row_sum run s scale scores softmax_step start start_q tile tile_q
-tile_step tiles tl torch triton v v_base v_offsets v_ptr visible
+acc attention_forward b bh d_idx d_mask decay descriptor dv_idx dv_mask first_tile float full_ptr full_runs h inside
+int k k_base k_distance k_idx k_local k_offsets k_ptr key_batch key_head launch lse lse_ptr map_batch map_heads
+map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr part_ptr part_runs pid q q_base q_desc
+q_distance q_idx q_local q_offsets q_ptr query_inside range rate row_max row_sum run s scale scores softmax_step start
+start_q TensorDescriptor tile tile_q tile_step tiles tl triton v v_base v_desc v_offsets v_ptr visible
 """
 RESERVED = frozenset(_TEMPLATE_NAMES.split()) | frozenset(HELPERS)
 """Names the template uses; parameters and captured tensors of a program that share one get an underscore."""
@@ -67,7 +67,10 @@ def _literal(value: float) -> str:
 
 
 class TritonPrinter(Printer):
-    """Prints one plan; ``helpers`` collects the names of helper functions the text calls."""
+    """Prints one plan.
+
+    ``helpers`` collects the names of helper functions the text calls, ``used`` the index variables it reads.
+    """
 
     formats: Mapping[str, str] = {
         "add": "{0:p} + {1:p}",
@@ -115,22 +118,55 @@ class TritonPrinter(Printer):
         "trunc": "truncate({0})",
     }
 
-    def __init__(self, plan: KernelPlan) -> None:
+    def __init__(self, plan: KernelPlan, *, interpreted: bool = False) -> None:
         super().__init__(plan)
         self.helpers: set[str] = set()
+        self.used: set[str] = set()
+        self.interpreted = interpreted
 
     def value_name(self, name: str) -> str:
         return safe_name(name)
 
     # operators
 
+    def _op_to_float(self, node: Op, at: Level) -> str:
+        distance = self._distance(node.args[0], at)
+        return distance or self._apply(self.formats["to_float"], node, at)
+
+    def _distance(self, node: Expr, at: Level) -> str | None:
+        """Print q - k, k - q or their size as the difference of two float vectors relative to the tile.
+
+        The vectors are exact, so the result is rounded once; the obvious text converts a whole tile of integers.
+        """
+        if at is not Level.PAIR or node in self.plan.names or not isinstance(node, Op):
+            return None
+        if node.op == "abs":
+            inner = self._distance(node.args[0], at)
+            return f"tl.abs({inner})" if inner else None
+        if node.op != "sub" or not all(isinstance(a, Index) for a in node.args):
+            return None
+        vectors = {"q": "q_distance[:, None]", "k": "k_distance[None, :]"}
+        texts = [vectors.get(a.axis) for a in node.args if isinstance(a, Index)]
+        if None in texts:
+            return None
+        self.used.add("k_distance")
+        return f"({texts[0]} - {texts[1]})"
+
     def operation(self, node: Op, at: Level) -> str:
         special = getattr(self, f"_op_{node.op}", None)
         if special is not None:
-            out = special(node, at)
+            out: str = special(node, at)
         else:
             out = self._apply(self.formats[node.op], node, at)
-        return str(out)
+        return self._for_interpreter(node, out) if self.interpreted and node.type is BOOL else out
+
+    def _for_interpreter(self, node: Op, text: str) -> str:
+        """The interpreter stores a scalar comparison in the type of its operands, where ``~`` and ``|`` go wrong."""
+        if node.op == "not":
+            return f"{_Text(text.removeprefix('~')):p} == 0"
+        if self.plan.level(node) is Level.GRID and node.args[0].type is FLOAT:
+            return f"tl.where({text}, 1, 0) != 0"
+        return text
 
     def _apply(self, template: str, node: Op, at: Level) -> str:
         head = template.partition("(")[0]
@@ -224,6 +260,7 @@ class TritonPrinter(Printer):
             "q": ("q_idx", Level.ROW),
             "k": ("k_idx", Level.COL),
         }[node.axis]
+        self.used.add(name)
         return self._spread(name, level, at)
 
     def size(self, name: str, at: Level) -> str:

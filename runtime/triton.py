@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.codegen.triton import Config, emit, padded
-from attnlang.codegen.triton_tiles import INTERPRETED, candidates
+from attnlang.codegen.triton_tiles import INTERPRETED, candidates, settle
 
 from attnlang.ir import INT, Program, UsageError
 from attnlang.passes.widths import NARROW_LIMIT
@@ -78,23 +78,19 @@ def target_of(device: torch.device) -> str:
 
 @dataclass
 class _Kernel:
-    """A plan with its candidate tiles; ``choice`` moves down when a tile does not fit the device."""
+    """A plan with its candidate tiles, and the one a launch settled on."""
 
     program: Program
     plan: KernelPlan
     configs: tuple[Config, ...]
-    choice: int = 0
-    loaded: dict[Config, Callable[..., None]] = field(default_factory=dict)
+    chosen: Config | None = None
+    loaded: dict[Config, Callable[..., Any]] = field(default_factory=dict)
 
-    @property
-    def config(self) -> Config:
-        return self.configs[self.choice]
-
-    def launcher(self) -> Callable[..., None]:
-        """Return ``launch`` of the generated module at the current tile."""
-        if self.config not in self.loaded:
-            self.loaded[self.config] = _load(emit(self.plan, self.config, interpreted=_interpreted())).launch
-        return self.loaded[self.config]
+    def launcher(self, config: Config) -> Callable[..., Any]:
+        """Return ``launch`` of the generated module at a tile."""
+        if config not in self.loaded:
+            self.loaded[config] = _load(emit(self.plan, config, interpreted=_interpreted())).launch
+        return self.loaded[config]
 
 
 _kernels: OrderedDict[Any, _Kernel] = OrderedDict()
@@ -134,10 +130,24 @@ def _needs_wide(call: Call) -> bool:
     return rows >= 2**31 or any(_span(t, range(t.dim())) >= 2**31 for t in call.tensors.values())
 
 
-def _kernel(call: Call, target: str) -> _Kernel:
+def _describable(tensor: Tensor) -> bool:
+    """Whether the copy engine can describe [B, H, L, D]: columns adjacent, everything else at multiples of 16 bytes."""
+    size = tensor.element_size()
+    steps = [s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if n > 1]
+    aligned = all(s > 0 and s * size % 16 == 0 for s in steps) and tensor.data_ptr() % 16 == 0
+    return aligned and tensor.stride(3) == 1 and 0 not in tensor.shape
+
+
+def _use_descriptors(call: Call, o: Tensor, target: str) -> bool:
+    chip = target.partition(":")
+    capable = chip[0] == INTERPRETED or (chip[0] == "cuda" and int(chip[2]) >= 90 and call.q.element_size() == 2)
+    return capable and all(map(_describable, (call.q, call.k, call.v, o)))
+
+
+def _kernel(call: Call, target: str, descriptors: bool) -> _Kernel:
     storage = tuple(call.storage.items())
     dims = (call.q.shape[3], call.v.shape[3])
-    key = (id(call.program), call.q.dtype, dims, storage, _needs_wide(call), target)
+    key = (id(call.program), call.q.dtype, dims, storage, _needs_wide(call), target, descriptors)
     with _lock:
         found = _kernels.get(key)
         if found is not None:
@@ -151,7 +161,8 @@ def _kernel(call: Call, target: str) -> _Kernel:
         storage=dict(storage),
         wide=key[4],
     )
-    kernel = _Kernel(call.program, plan, candidates(plan, target))  # holds the program, so its id stays taken
+    configs = candidates(plan, target, descriptors=descriptors)
+    kernel = _Kernel(call.program, plan, configs)  # holds the program, so its id stays taken
     with _lock:
         kernel = _kernels.setdefault(key, kernel)
         while len(_kernels) > MAX_KERNELS:
@@ -231,25 +242,47 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         Unavailable: no GPU that Triton serves, or a dtype or head dimension the kernels do not have.
     """
     target = _check(call)
-    kernel = _kernel(call, target)
     o = _output(call.q, call.v.shape[3])
     lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
     if lse.numel() == 0:
         return o, lse
     if call.k.shape[2] == 0:
         return o.zero_(), lse.fill_(-torch.inf)
+    kernel = _kernel(call, target, _use_descriptors(call, o, target))
     q, scale = _positive_scale(call.q, call.scale)
     captured = _arguments(call, kernel.plan)
-    while True:
-        config = kernel.config
+
+    def launch(config: Config) -> int:
         table = _device_table(call.runs(config.tile), q.device)
+        return _launch(kernel.launcher(config), (q, call.k, call.v, o, lse, scale, *captured, *table))
+
+    if kernel.chosen is None:
+        kernel.chosen = _settle(kernel, launch, target)
+    else:
+        launch(kernel.chosen)
+    return o, lse
+
+
+def _settle(kernel: _Kernel, launch: Callable[[Config], int], target: str) -> Config:
+    """Launch tiles in order of preference until one neither runs out of resources nor spills registers."""
+    exhausted, last = _out_of_resources(), None
+
+    def spills(config: Config) -> int | None:
+        nonlocal last
+        last = None
         try:
-            _launch(kernel.launcher(), (q, call.k, call.v, o, lse, scale, *captured, *table))
-            return o, lse
-        except _out_of_resources() as error:
-            if kernel.choice + 1 >= len(kernel.configs):
-                raise UsageError(f"no tile of this program fits {target}: {error}") from error
-            kernel.choice += 1
+            amount = launch(config)
+        except exhausted:
+            return None
+        last = config
+        return amount
+
+    chosen = settle(kernel.configs, spills)
+    if chosen is None:
+        raise UsageError(f"no tile of {kernel.program.name} fits {target}; smaller head dimensions would")
+    if last is not chosen:
+        launch(chosen)
+    return chosen
 
 
 def _out_of_resources() -> type[Exception]:
@@ -259,10 +292,12 @@ def _out_of_resources() -> type[Exception]:
     return OutOfResources
 
 
-def _launch(launch: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _launch(launch: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+    """Launch on the device of the tensors; return how many registers the kernel spills."""
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(*arguments)
+            kernel = launch(*arguments)
     else:
-        launch(*arguments)
+        kernel = launch(*arguments)
+    return getattr(kernel, "n_spills", 0) or 0

@@ -1,0 +1,191 @@
+"""Compile a plan for a GPU that is not here, and report what the kernel needs: registers, spills, shared memory.
+
+Each compilation runs in a process of its own: a compiler crash must not take the caller along, and Triton has to be
+imported without its interpreter. NVIDIA figures come from ``ptxas -v``, AMD figures from the assembly's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnlang.ir import AttnlangError
+
+from .plan import KernelPlan
+from .triton import Config, arguments, emit, padded
+from .triton_tiles import candidates, settle, shared_limit
+
+__all__ = ["Compiler", "CompilerFailed", "Resources", "compile_plan", "signature"]
+
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64", "bool": "*u8"}
+POINTERS |= {f"{u}int{n}": f"*{u[:1] or 'i'}{n}" for u in ("u", "") for n in (8, 16, 32, 64)}
+
+
+class CompilerFailed(AttnlangError):
+    """Triton or the assembler refused a generated kernel; this is a defect of attnlang."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel needs on one target. Bytes, except registers per thread and instruction counts.
+
+    ``mma`` counts matrix instructions by kind; ``serialised`` says that the assembler made asynchronous ones wait.
+    """
+
+    target: str
+    config: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    mma: dict[str, int]
+    serialised: bool
+    triton: str
+    binary_bytes: int
+
+
+def signature(plan: KernelPlan, config: Config) -> dict[str, Any]:
+    """Return types and divisibility of the kernel's parameters for contiguous tensors of ordinary shapes.
+
+    The last stride of q, k, v and o is 1, like that of captured tensors; pointers and other strides divide by 16.
+    """
+    types: dict[str, str] = {}
+    dtypes = {f"{name}_ptr": plan.dtype for name in ("q", "k", "v", "o")}
+    names = arguments(plan, config)
+    blocks = _blocks(plan, config)
+    dtypes |= {names.pointers[t.name]: t.dtype for t in plan.tensors}
+    last = {f"{x}_stride_d" for x in "qkvo"} | set(names.last_strides)
+    floats = {"scale", *names.float_scalars}
+    constants: dict[str, int] = {}
+    divisible: list[str] = []
+    for name in names.kernel:
+        if name in blocks:
+            types[name] = f"tensordesc<{POINTERS[plan.dtype][1:]}[1,1,{blocks[name]}]>"
+        elif name in dtypes:
+            types[name] = POINTERS[dtypes[name]]
+        elif name == "lse_ptr":
+            types[name] = "*fp32"
+        elif name in ("full_ptr", "full_runs", "part_ptr", "part_runs"):
+            types[name] = "*i32"
+        elif name in last:
+            types[name] = "constexpr"
+            constants[name] = 1
+        else:
+            types[name] = "fp32" if name in floats else "i32"
+        if types[name].startswith("*") or ("stride" in name and name not in last and name not in names.loose):
+            divisible.append(name)
+    return {"types": types, "constants": constants, "divisible": divisible}
+
+
+def _blocks(plan: KernelPlan, config: Config) -> dict[str, str]:
+    """Rows and columns of the blocks of each tensor descriptor."""
+    if not config.descriptors:
+        return {}
+    d, dv = padded(plan.head_dim), padded(plan.value_dim)
+    rows = {"q_desc": (config.block_m, d), "k_desc": (config.block_n, d)}
+    rows |= {"v_desc": (config.block_n, dv), "o_desc": (config.block_m, dv)}
+    return {name: f"{n},{columns}" for name, (n, columns) in rows.items()}
+
+
+class Compiler:
+    """A worker process that compiles sources for targets; restarted when it dies. Use as a context manager."""
+
+    def __init__(self, python: str = sys.executable) -> None:
+        self._python = python
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait()
+            self._process = None
+
+    def _worker(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            self._process = subprocess.Popen(
+                [self._python, str(Path(__file__).with_name("offline_worker.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment,
+            )
+        return self._process
+
+    def compile(self, plan: KernelPlan, target: str, config: Config, save: Path | None = None) -> Resources:
+        """Compile ``plan`` at the tile of ``config``; the cubin or hsaco is written to ``save``.
+
+        Raises:
+            CompilerFailed: with the compiler's message.
+        """
+        with _source_file(emit(plan, config)) as path:
+            job = {"path": str(path), "target": target, "warps": config.warps, "stages": config.stages}
+            job["save"] = None if save is None else str(save)
+            answer = self._ask(job | signature(plan, config))
+        if "error" in answer:
+            raise CompilerFailed(f"{plan.program.name} for {target} at {config.key}: {answer['error']}")
+        return Resources(target=target, config=config.key, **answer)
+
+    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            worker = self._worker()
+            assert worker.stdin is not None and worker.stdout is not None
+            worker.stdin.write(json.dumps(job) + "\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+            if not line:
+                self._process = None
+                return {"error": f"the compiler died with status {worker.wait()}"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@contextmanager
+def _source_file(source: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="attnlang-offline-") as folder:
+        path = Path(folder) / "kernel.py"
+        path.write_text(source, encoding="utf-8")
+        yield path
+
+
+def compile_plan(
+    plan: KernelPlan, target: str, *, descriptors: bool = False, compiler: Compiler | None = None
+) -> Resources:
+    """Compile ``plan`` for ``target`` without a GPU, at the tile that a launch on such a chip settles on.
+
+    Targets: ``cuda:80``, ``cuda:90``, ``cuda:100``, ``hip:gfx942``.
+
+    Raises:
+        CompilerFailed: no tile compiles, or none fits the shared memory of the target.
+    """
+    if compiler is None:
+        with Compiler() as compiler:
+            return compile_plan(plan, target, descriptors=descriptors, compiler=compiler)
+    made: dict[Config, Resources] = {}
+
+    def spills(config: Config) -> int | None:
+        made[config] = compiler.compile(plan, target, config)
+        return made[config].spill_bytes if made[config].shared_bytes <= shared_limit(target) else None
+
+    config = settle(candidates(plan, target, descriptors=descriptors), spills)
+    if config is None:
+        raise CompilerFailed(f"no tile of {plan.program.name} fits the shared memory of {target}")
+    return made[config]
