@@ -18,7 +18,20 @@ import numpy as np
 
 from attnlang.ir import BOOL, INT, Const, Expr, Index, Op, Size, postorder
 
-__all__ = ["COMPARISONS", "INF", "RULES", "TOP", "Array", "Carrier", "Interval", "Python", "Truth", "value_range"]
+__all__ = [
+    "COMPARISONS",
+    "INF",
+    "NARROW_LIMIT",
+    "RULES",
+    "TOP",
+    "Array",
+    "Carrier",
+    "Interval",
+    "Narrow",
+    "Python",
+    "Truth",
+    "value_range",
+]
 
 INF = 2**61
 INT32_MAX, INT32_MIN = 2**31 - 1, -(2**31)
@@ -96,8 +109,21 @@ class _Array(Carrier):
         return a
 
 
+class _Narrow(_Array):
+    """int32 arrays, for values proved to lie within ±2^30: "unbounded" never happens, so INF is never chosen."""
+
+    def where(self, c: Any, a: Any, b: Any) -> Any:
+        if isinstance(a, int) and abs(a) >= INF:
+            return b
+        if isinstance(b, int) and abs(b) >= INF:
+            return a
+        return super().where(c, a, b)
+
+
 Python = Carrier()
 Array = _Array()
+Narrow = _Narrow()
+NARROW_LIMIT = 2**30
 
 Rule: TypeAlias = Callable[..., Interval]
 

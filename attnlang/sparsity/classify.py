@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnlang.ir import BOOL, Expr, Program, Scalar
-from attnlang.passes.intervals import Array, Interval, Truth
+from attnlang.ir import BOOL, INT, Expr, Program, Scalar
+from attnlang.passes.intervals import NARROW_LIMIT, Array, Interval, Narrow, Truth
 
 from .captured import Captured
 from .domain import apply
@@ -19,6 +19,7 @@ from .terms import AXIS_BITS, Linear, Node, Terms
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Boxes", "Classifier", "classify_tile"]
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+NARROW_OPS = {"index", "load", "floordiv", "mod", "abs", "min", "max", "sign", "to_int", "where"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Classifier:
         self.terms = Terms(extents, sizes, params, tensors, tile)
         self.root = self.terms.build(mask)
         self.order = self._needed()
+        self.dtype = np.int32 if self._fits_int32(extents) else np.int64
+        self.carrier = Narrow if self.dtype is np.int32 else Array
 
     @property
     def nodes(self) -> list[Node]:
@@ -75,6 +78,27 @@ class Classifier:
                 for arg in self.nodes[ref].args:
                     stack += [r for r, _ in arg.terms] if isinstance(arg, Linear) else [arg]
         return sorted(needed)
+
+    def _fits_int32(self, extents: Mapping[str, int]) -> bool:
+        """Whether all values, and all sums on the way to them, are small and only meet operators that keep them so."""
+        if max(extents.values()) >= NARROW_LIMIT:
+            return False
+        for node in (self.nodes[ref] for ref in self.order):
+            if node.type is INT:
+                if max(-node.range.lo, node.range.hi) >= NARROW_LIMIT or node.op not in NARROW_OPS:
+                    return False
+                divisor = node.args[-1] if node.op in ("floordiv", "mod") else None
+                if isinstance(divisor, Linear) and divisor.terms:
+                    return False
+            for arg in node.args:
+                if isinstance(arg, Linear):
+                    most = abs(arg.const)
+                    for ref, c in arg.terms:
+                        r = self.nodes[ref].range
+                        most += abs(c) * max(abs(r.lo), abs(r.hi))
+                    if most >= NARROW_LIMIT:
+                        return False
+        return True
 
     def _form(self, form: Linear, values: Mapping[int, Any]) -> Interval:
         lo: Any = form.const
@@ -100,16 +124,20 @@ class Classifier:
                 node = self.nodes[ref]
                 if node.op == "index":
                     at = getattr(boxes, node.data)
-                    out[ref] = at if isinstance(at, Interval) else Interval(at, at)
+                    pair = at if isinstance(at, Interval) else (at, at)
+                    out[ref] = Interval(*(x.astype(self.dtype, copy=False) for x in pair))
                     continue
                 if node.op == "const" and node.type is BOOL:
                     out[ref] = node.range
                     continue
                 args = [self._form(a, out) if isinstance(a, Linear) else out[a] for a in node.args]
                 if node.op == "load":
-                    out[ref] = self.terms.tensors[node.data].query(args, len(boxes))
+                    found = self.terms.tensors[node.data].query(args, len(boxes))
+                    if node.type is INT and self.dtype is np.int32 and not isinstance(found.lo, int):
+                        found = Interval(*(x.astype(np.int32) for x in found))
+                    out[ref] = found
                 else:
-                    out[ref] = apply(Array, node, args)
+                    out[ref] = apply(self.carrier, node, args)
         return out
 
     def classify(self, boxes: Boxes) -> Truth:

@@ -19,6 +19,7 @@ from .runmap import FULL, PARTIAL, RunMap, build_runs
 __all__ = ["descend"]
 
 CUT = 2  # a cut makes 2^CUT parts along an axis
+FOLD = 1 << 21  # rows of pieces kept before they are joined
 CHUNK = 1 << 15  # boxes classified at once: bounds the memory of a level
 
 
@@ -60,8 +61,8 @@ def _split(level: _Level, cq: int, ck: int, shape: tuple[int, int]) -> _Level:
     """Cut every box into 2^cq x 2^ck parts."""
     grid = (len(level), 1 << cq, 1 << ck)
     eq, ek = level.eq - cq, level.ek - ck
-    q = level.q[:, None, None] + (np.arange(1 << cq)[None, :, None] << eq[:, None, None])
-    k = level.k[:, None, None] + (np.arange(1 << ck)[None, None, :] << ek[:, None, None])
+    q = level.q[:, None, None] + (np.arange(1 << cq, dtype=eq.dtype)[None, :, None] << eq[:, None, None])
+    k = level.k[:, None, None] + (np.arange(1 << ck, dtype=ek.dtype)[None, None, :] << ek[:, None, None])
     keep = np.nonzero(((q < shape[0]) & (k < shape[1])).reshape(-1))[0]
     every = len(keep) == grid[0] * grid[1] * grid[2]
     fields = (level.slot[:, None, None], q, k, eq[:, None, None], ek[:, None, None])
@@ -69,53 +70,68 @@ def _split(level: _Level, cq: int, ck: int, shape: tuple[int, int]) -> _Level:
     return _Level(*(x if every else x[keep] for x in flat))
 
 
+class _Pieces:
+    """Decided rectangles of tiles, folded into runs whenever there are many, so that memory follows the result."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.parts: list[tuple[np.ndarray, ...]] = []
+        self.weight = self.limit = FOLD
+
+    def add(self, row: np.ndarray, height: np.ndarray, start: np.ndarray, end: np.ndarray, kind: np.ndarray) -> None:
+        self.parts.append((row, height, start, end, kind))
+        self.weight -= int(height.sum())
+        if self.weight < 0:
+            ptr, start, end, kind = self.runs()
+            row = np.repeat(np.arange(self.rows), np.diff(ptr))
+            self.parts = [(row, np.ones_like(row), start, end, kind)]
+            self.weight = self.limit = max(self.limit, len(row))
+
+    def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        none = np.zeros(0, np.int64)
+        row, height, start, end, kind = (
+            (np.concatenate(x) for x in zip(*self.parts, strict=True)) if self.parts else (none,) * 5
+        )
+        return build_runs(row, start, end, kind, self.rows, height)
+
+
+def _boxes(level: _Level, tile: tuple[int, int], sizes: tuple[int, int], batch: int, heads: int) -> Boxes:
+    """The pairs in each box; b and h are one zero, which broadcasts, where the mask does not read them."""
+    none = np.zeros(1, level.q.dtype)
+    q = Interval(level.q * tile[0], np.minimum((level.q + (1 << level.eq)) * tile[0], sizes[0]) - 1)
+    k = Interval(level.k * tile[1], np.minimum((level.k + (1 << level.ek)) * tile[1], sizes[1]) - 1)
+    return Boxes(level.slot // heads if batch > 1 else none, level.slot % heads if heads > 1 else none, q, k)
+
+
 def descend(classifier: Classifier, tile: tuple[int, int], sizes: tuple[int, int], batch: int, heads: int) -> RunMap:
     """Return the run map of the mask; ``batch`` and ``heads`` are 1 where the mask does not read them."""
-    bm, bn = tile
-    lq, lk = sizes
-    nq, nk = -(-lq // bm), -(-lk // bn)
+    side = (min(tile[0], max(1, sizes[0])), min(tile[1], max(1, sizes[1])))  # no number beyond the lengths
+    nq, nk = -(-sizes[0] // side[0]), -(-sizes[1] // side[1])
     slots = batch * heads
-    none = np.zeros(1, np.int64)  # broadcasts where the mask does not read b or h
-    found: list[tuple[np.ndarray, ...]] = []
+    dtype = np.int32 if max(*sizes, slots) < 2**28 else np.int64
+    found = _Pieces(slots * nq)
     pending: list[_Level] = []
     if slots and nq and nk:
-        slot = np.arange(slots, dtype=np.int64)
-        top = [np.full(slots, n.bit_length() if n & (n - 1) else n.bit_length() - 1, np.int64) for n in (nq, nk)]
+        slot = np.arange(slots, dtype=dtype)
+        top = [np.full(slots, (n - 1).bit_length(), dtype) for n in (nq, nk)]
         pending.append(_Level(slot, np.zeros_like(slot), np.zeros_like(slot), *top))
     while pending:
         level = pending.pop()
         if len(level) > CHUNK:
             pending += [level.take(np.arange(i, min(i + CHUNK, len(level)))) for i in range(0, len(level), CHUNK)]
             continue
-        q1, k1 = np.minimum(level.q + (1 << level.eq), nq), np.minimum(level.k + (1 << level.ek), nk)
-        boxes = Boxes(
-            level.slot // heads if batch > 1 else none,
-            level.slot % heads if heads > 1 else none,
-            Interval(level.q * bm, np.minimum(q1 * bm, lq) - 1),
-            Interval(level.k * bn, np.minimum(k1 * bn, lk) - 1),
-        )
-        values = classifier.values(boxes)
+        values = classifier.values(_boxes(level, side, sizes, batch, heads))
         true, false = classifier.decide(values, len(level))
-        undecided = true & false
-        wish = np.where(undecided, classifier.wishes(values, len(level)), 0)
+        wish = np.where(true & false, classifier.wishes(values, len(level)), 0)
         wish = np.where(level.eq > 0, wish, wish & ~4)
         wish = np.where(level.ek > 0, wish, wish & ~8)
         done = np.nonzero(true & (wish == 0))[0]
         if len(done):
-            kind = np.where(false[done], PARTIAL, FULL)
-            found.append((level.slot[done], level.q[done], q1[done], level.k[done], k1[done], kind))
+            at = level.take(done)
+            height = np.minimum(1 << at.eq, nq - at.q)
+            end = np.minimum(at.k + (1 << at.ek), nk)
+            found.add(at.slot.astype(np.int64) * nq + at.q, height, at.k, end, np.where(false[done], PARTIAL, FULL))
         rest = np.nonzero(wish)[0]
         if len(rest):
             pending.append(_cut(level.take(rest), wish[rest], (nq, nk)))
-    return _collect(found, tile, sizes, batch, heads)
-
-
-def _collect(
-    found: list[tuple[np.ndarray, ...]], tile: tuple[int, int], sizes: tuple[int, int], batch: int, heads: int
-) -> RunMap:
-    """Turn rectangles of tiles into runs of rows."""
-    nq = -(-sizes[0] // tile[0])
-    none = np.zeros(0, np.int64)
-    slot, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True)) if found else (none,) * 6
-    ptr, start, end, kinds = build_runs(slot * nq + q0, k0, k1, kind, batch * heads * nq, q1 - q0)
-    return RunMap(tile, sizes, batch, heads, ptr, start, end, kinds)
+    return RunMap(tile, sizes, batch, heads, *found.runs())

@@ -1,0 +1,196 @@
+"""Time and memory of proving a mask's block structure: a million tokens, every library program, and PyTorch's way.
+
+Three tables: eight masks at 1,048,576 tokens in tiles of 128; every program of the library at the same length (smaller
+only where a captured table of its own is quadratic); and ``create_block_mask``, eager and compiled, in the same run at
+4k, 16k and 32k. ``--quick`` leaves out the peers at 32k and saves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import save
+from torch.nn.attention import flex_attention
+
+import attnlang as al
+from attnlang.ir import BUILTIN_SIZES, Program, Size
+from attnlang.made import make_values
+from attnlang.measure import interleaved, peak_memory
+from attnlang.sparsity import RunMap, analyse
+
+CPU = torch.device("cpu")
+MILLION = 1 << 20
+TILE = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One map: median milliseconds, peak MiB beyond what was held before, and what was found."""
+
+    table: str
+    case: str
+    implementation: str
+    length: int
+    ms: float
+    mib: float
+    empty: int | None = None
+    partial: int | None = None
+    full: int | None = None
+    runs: int | None = None
+    map_kib: float | None = None
+    time_ratio: float | None = None
+    memory_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of one analysis."""
+
+    program: Program
+    sizes: Mapping[str, int]
+    params: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    def run(self) -> RunMap:
+        return analyse(self.program, self.sizes, self.params, self.tensors, (TILE, TILE))
+
+
+def documents(length: int, count: int) -> torch.Tensor:
+    """Ids of ``count`` documents of random length, int64 [1, length]."""
+    cuts = torch.randperm(length - 1, generator=torch.Generator().manual_seed(0))[: count - 1] + 1
+    return torch.searchsorted(cuts.sort().values, torch.arange(length), right=True)[None]
+
+
+def problem(program: Program, length: int, values: Mapping[str, Any]) -> Problem:
+    sizes = {"B": 1, "H": 1, "Hkv": 1, "Lq": length, "Lk": length}
+    known = dict(make_values(program, sizes, values).values)
+    tensors = {t.name: known[t.name] for t in program.tensors}
+    for tensor in program.tensors:
+        for dim, extent in zip(tensor.shape, tensors[tensor.name].shape, strict=True):
+            if isinstance(dim, Size) and dim.name not in BUILTIN_SIZES:
+                sizes[dim.name] = extent
+    return Problem(program, sizes, {s.name: known.get(s.name, s.default) for s in program.scalars}, tensors)
+
+
+def million() -> list[tuple[str, Problem]]:
+    flags = torch.zeros(MILLION, dtype=torch.bool)
+    flags[torch.randperm(MILLION, generator=torch.Generator().manual_seed(1))[:64]] = True
+    first = torch.zeros(MILLION, dtype=torch.bool)
+    first[:64] = True
+    library = al.library
+    cases: list[tuple[str, Program, dict[str, Any]]] = [
+        ("causal", library.causal, {}),
+        ("causal window 4096", library.causal_sliding_window, {"window": 4096}),
+        ("1000 documents", library.document, {"doc": documents(MILLION, 1000)}),
+        ("1000 causal documents", library.causal_document, {"doc": documents(MILLION, 1000)}),
+        ("prefix LM", library.prefix_lm, {"prefix": torch.tensor([5000])}),
+        ("Longformer, 64 first tokens", library.longformer, {"globals": first}),
+        ("Longformer, 64 scattered tokens", library.longformer, {"globals": flags}),
+        ("dilated window", library.dilated_window, {"window": 256, "dilation": 8}),
+        ("Swin 1024x1024", library.shifted_window, {"height": 1024, "width": 1024, "window": 8, "shift": 4}),
+        ("2-D neighbourhood 1024x1024", library.neighborhood_2d, {"height": 1024, "width": 1024}),
+        ("3-D neighbourhood 64x128x128", library.neighborhood_3d, {"frames": 64, "height": 128, "width": 128}),
+    ]
+    return [(name, problem(program, MILLION, values)) for name, program, values in cases]
+
+
+def measure(table: str, name: str, given: Problem, rounds: int = 5) -> Row:
+    """Median time over ``rounds`` and peak memory of one more."""
+    given.run()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        runs = given.run()
+        times.append((time.perf_counter() - begin) * 1e3)
+    peak = peak_memory(given.run, CPU)
+    empty, partial, full = runs.counts()
+    return Row(
+        table, name, "attnlang", given.sizes["Lq"], statistics.median(times), peak.bytes / 2**20,
+        empty, partial, full, len(runs.start), runs.memory_bytes / 1024,
+    )  # fmt: skip
+
+
+def show(row: Row) -> None:
+    found = "" if row.runs is None else f"  {row.runs:>8,} runs  {row.partial:>10,} partial  {row.full:>12,} full"
+    ratio = "" if row.time_ratio is None else f"  x{row.time_ratio:8.1f} time  x{row.memory_ratio or 0:8.1f} memory"
+    text = f"{row.case:<34}{row.implementation:<28}{row.length:>9,} {row.ms:>10.2f} ms {row.mib:>9.1f} MiB"
+    print(text + found + ratio, flush=True)
+
+
+def library(length: int) -> list[Row]:
+    """Every library program with made-up values; one whose own table would be quadratic is measured at 8192 tokens."""
+    rows = []
+    for name in al.library.names():
+        program = getattr(al.library, name)
+        axes = [sum(dim in (Size("Lq"), Size("Lk")) for dim in t.shape) for t in program.tensors]
+        n = 8192 if any(count > 1 for count in axes) else length
+        try:
+            row = measure("library", name, problem(program, n, {}), rounds=1)
+        except (al.UsageError, MemoryError) as error:
+            print(f"{name:<34}left out: {str(error).splitlines()[0][:80]}")
+            continue
+        show(row)
+        rows.append(row)
+    return rows
+
+
+def peers(lengths: tuple[int, ...]) -> list[Row]:
+    """Ours, from the same Python function to the finished map, against create_block_mask, eager and compiled."""
+    rows = []
+    compiled = torch.compile(flex_attention.create_block_mask)
+    for length in lengths:
+        doc = documents(length, max(2, length // 1024))[0]
+
+        def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return q >= k
+
+        def document(b: Any, h: Any, q: Any, k: Any, doc: torch.Tensor = doc) -> Any:
+            return (q >= k) & (doc[q] == doc[k])
+
+        for name, mod in (("causal", causal), ("causal document", document)):
+            calls: dict[str, Callable[[], Any]] = {
+                "attnlang": functools.partial(_ours, mod, length),
+                "create_block_mask": functools.partial(
+                    flex_attention.create_block_mask, mod, None, None, length, length, "cpu"
+                ),
+                "compiled create_block_mask": functools.partial(compiled, mod, None, None, length, length, "cpu"),
+            }
+            times = interleaved(calls, CPU, rounds=3, seconds=20.0)
+            memory = {key: peak_memory(call, CPU).bytes / 2**20 for key, call in calls.items()}
+            mine, mib = times["attnlang"].median, max(memory["attnlang"], 0.1)
+            for key in calls:
+                row = Row(
+                    "peers", name, key, length, times[key].median, memory[key],
+                    time_ratio=times[key].median / mine, memory_ratio=memory[key] / mib,
+                )  # fmt: skip
+                show(row)
+                rows.append(row)
+    return rows
+
+
+def _ours(mod: Callable[..., Any], length: int) -> RunMap:
+    attention = al.compile(al.program(mask=mod))
+    return attention.run_map(1, 1, length, length, tile=(TILE, TILE))
+
+
+def main() -> None:
+    quick = "--quick" in sys.argv
+    rows = []
+    for name, given in million():
+        rows.append(measure("million", name, given))
+        show(rows[-1])
+    rows += library(MILLION)
+    rows += peers((4096, 16384) if quick else (4096, 16384, 32768))
+    if not quick:
+        save("sparsity", rows, CPU)
+
+
+if __name__ == "__main__":
+    main()
