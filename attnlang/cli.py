@@ -137,8 +137,9 @@ def show(
 ) -> None:
     """Draw a mask: which tiles are skipped, partial and full.
 
-    Examples: [cyan]attnlang show causal[/]
-    [cyan]attnlang show sliding_window --set window=512 --len 4096 --tile 128x128 --png mask.png[/]
+    Example: [cyan]attnlang show causal[/]
+
+    Example: [cyan]attnlang show sliding_window --set window=512 --len 4096 --tile 128x128 --png mask.png[/]
     """
     from .cli_inputs import parse_tile
     from .cli_work import draw

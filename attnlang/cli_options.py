@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import traceback
@@ -91,7 +92,15 @@ def _code_of(error: Exception) -> int | None:
         from attnlang.runtime import Unavailable
 
         return MISSING if isinstance(error, Unavailable) else WRONG
-    return WRONG if isinstance(error, MemoryError) else None
+    return WRONG if _lacks_memory(error) else None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python, torch's allocator or a GPU ran out of memory."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
 
 
 def _report(error: Exception) -> int:
@@ -103,12 +112,17 @@ def _report(error: Exception) -> int:
         note("Run it again with ATTNLANG_DEBUG=1 for the traceback, and please report it.")
         return DEFECT
     text = str(error) or type(error).__name__
-    if isinstance(error, MemoryError):
+    if _lacks_memory(error):
         text = "not enough memory; try smaller sizes"
     if "error[" not in text.split("\n", 1)[0]:
         text = f"error: {text}"
     note(text)
     return code
+
+
+def _unwrapped(doc: str) -> str:
+    """Join the lines of each paragraph, which the help would otherwise keep as they are broken in the source."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(doc).split("\n\n"))
 
 
 def guarded(command: Command) -> Command:
@@ -129,4 +143,5 @@ def guarded(command: Command) -> Command:
         except Exception as error:
             raise typer.Exit(_report(error)) from None
 
+    run.__doc__ = _unwrapped(command.__doc__ or "")
     return run  # type: ignore[return-value]
