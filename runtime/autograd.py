@@ -21,11 +21,14 @@ import torch
 
 from . import eager
 from .call import Call
+from .errors import Unavailable
 
 __all__ = ["attend", "wants_gradients"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
+Backward: TypeAlias = Callable[[Call, Tensor, Tensor, Tensor, "Tensor | None", "tuple[str, ...]"], Any]
+"""(call, o, lse, do, dlse, wanted captured tensors) to a record of gradients; see ``cpp_backward.Gradients``."""
 
 
 def wants_gradients(call: Call) -> bool:
@@ -35,12 +38,16 @@ def wants_gradients(call: Call) -> bool:
     return any(t.requires_grad for t in (call.q, call.k, call.v, *call.tensors.values()))
 
 
-def attend(call: Call, forward: Forward) -> tuple[Tensor, Tensor]:
-    """Run ``forward`` so that o and lse are differentiable in q, k, v and every float captured tensor."""
+def attend(call: Call, forward: Forward, backward: Backward | None = None) -> tuple[Tensor, Tensor]:
+    """Run ``forward`` so that o and lse are differentiable in q, k, v and every float captured tensor.
+
+    ``backward`` is the backward kernel of the backend; where there is none, or it cannot run the call, gradients are
+    recomputed blockwise in PyTorch.
+    """
     names = tuple(call.tensors)
     # the record outlives the forward pass: it must not keep the tensors that save_for_backward manages
     none = call.q.new_empty(0)
-    spec = _Spec(replace(call, q=none, k=none, v=none, tensors={}), names, forward)
+    spec = _Spec(replace(call, q=none, k=none, v=none, tensors={}), names, forward, backward)
     out = _Attend.apply(spec, call.q, call.k, call.v, *call.tensors.values())
     return out[0], out[1]
 
@@ -52,6 +59,7 @@ class _Spec:
     call: Call
     names: tuple[str, ...]
     forward: Forward
+    backward: Backward | None
 
     def restore(self, q: Tensor, k: Tensor, v: Tensor, captured: tuple[Tensor, ...]) -> Call:
         return replace(self.call, q=q, k=k, v=v, tensors=dict(zip(self.names, captured, strict=True)))
@@ -66,12 +74,12 @@ class _Attend(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         spec, *tensors = inputs
         ctx.spec = spec
-        ctx.save_for_backward(output[1], *tensors)
+        ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        lse, q, k, v, *captured = ctx.saved_tensors
+        o, lse, q, k, v, *captured = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad[1:]
         do, dlse = grads
         if do is None and dlse is None:
@@ -80,7 +88,32 @@ class _Attend(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, *_differentiable(call, spec.names, needs, do, dlse))
         with torch.autocast(q.device.type, enabled=False):
+            found = _by_kernel(spec, call, needs, o, lse, do, dlse)
+            if found is not None:
+                return (None, *found)
             return (None, *_Backward(call, spec.names, needs, lse, do, dlse).run())
+
+
+def _by_kernel(
+    spec: _Spec,
+    call: Call,
+    needs: tuple[bool, ...],
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor | None,
+    dlse: Tensor | None,
+) -> list[Tensor | None] | None:
+    """Gradients from the backend's backward kernel, or None where it cannot run this call."""
+    if spec.backward is None:
+        return None
+    wanted = tuple(n for n, need in zip(spec.names, needs[3:], strict=True) if need)
+    try:
+        got = spec.backward(call, o, lse, torch.zeros_like(o) if do is None else do, dlse, wanted)
+    except Unavailable:
+        return None
+    grads = [g if need else None for g, need in zip((got.q, got.k, got.v), needs, strict=False)]
+    captured = [got.captured[n].to(call.tensors[n].dtype) if n in wanted else None for n in spec.names]
+    return [*grads, *captured]
 
 
 def _differentiable(

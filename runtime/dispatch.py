@@ -47,6 +47,18 @@ def _forward(backend: str) -> Forward:
 
 
 @functools.cache
+def _backward(backend: str) -> autograd.Backward | None:
+    """The backward kernels of ``backend``, if it has any."""
+    if backend == "eager":
+        return None
+    try:
+        found: autograd.Backward = importlib.import_module(f"attnlang.runtime.{backend}_backward").backward
+    except ImportError:
+        return None
+    return found
+
+
+@functools.cache
 def _warn_once(backend: str, reason: str) -> None:
     warnings.warn(
         f"the {backend} backend cannot run this call: {reason}; using the slower eager backend instead",
@@ -63,12 +75,10 @@ def _with_fallback(backend: str, call: Call) -> tuple[Tensor, Tensor]:
     return _forward("eager")(call)
 
 
-def _choose(call: Call, backend: str | None) -> Forward:
-    if backend is not None:
-        return _forward(backend)
+def _choose(call: Call) -> str:
     if call.q.dtype is torch.float64:
-        return _forward("eager")  # kernels compute in float32
-    return functools.partial(_with_fallback, _OF_DEVICE.get(call.q.device.type, "eager"))
+        return "eager"  # kernels compute in float32
+    return _OF_DEVICE.get(call.q.device.type, "eager")
 
 
 def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -77,7 +87,8 @@ def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         Unavailable: ``backend`` was named and cannot run this call.
     """
-    forward = _choose(call, backend)
+    chosen = backend or _choose(call)
+    forward = _forward(chosen) if backend or chosen == "eager" else functools.partial(_with_fallback, chosen)
     if autograd.wants_gradients(call):
-        return autograd.attend(call, forward)
+        return autograd.attend(call, forward, _backward(chosen))
     return forward(call)
