@@ -199,6 +199,10 @@ def compile_(
     value_dim: ValueDim = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default for cpu), float16, bfloat16.")] = None,
     settings: Settings = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option("--storage", metavar="TENSOR=DTYPE", help="dtype of a captured tensor, if not int64 or float32."),
+    ] = None,
     binary: Annotated[
         bool, typer.Option("--binary", help="Also write the compiled kernel beside OUT: .so, .cubin or .hsaco.")
     ] = False,
@@ -212,7 +216,7 @@ def compile_(
     """
     from .cli_work import compile_to
 
-    for line in compile_to(source, out, target, head_dim, value_dim, dtype, settings or [], binary):
+    for line in compile_to(source, out, target, head_dim, value_dim, dtype, settings or [], storage or [], binary):
         note(line)
 
 

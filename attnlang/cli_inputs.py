@@ -7,12 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlang.ir import FLOAT, Program, Scalar, UsageError
+from attnlang.ir import BOOL, FLOAT, INT, Program, Scalar, Type, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "load_program", "load_tensors", "parse_dtype", "parse_settings", "parse_tile", "source_of"]
+__all__ = [
+    "DTYPES",
+    "fit_settings",
+    "load_program",
+    "load_tensors",
+    "parse_dtype",
+    "parse_settings",
+    "parse_storage",
+    "parse_tile",
+    "source_of",
+]
 
 DTYPES = {
     "float32": "float32",
@@ -108,6 +118,34 @@ def _scalar(name: str, text: str) -> Scalar:
         except ValueError:
             continue
     raise UsageError(f"--set {name}={text}: the value must be a number, true or false")
+
+
+STORAGE: dict[Type, tuple[str, ...]] = {
+    BOOL: ("bool",),
+    INT: ("int64", "int32", "int16", "int8", "uint8"),
+    FLOAT: ("float32", "float16", "bfloat16"),
+}
+"""How captured tensors of each type may be stored; the first is usual."""
+
+
+def parse_storage(program: Program, settings: Iterable[str]) -> dict[str, str]:
+    """Parse ``tensor=dtype`` pairs: how captured tensors are stored.
+
+    Raises:
+        UsageError: not of that form, no such tensor, or a dtype that does not hold its type.
+    """
+    types = {t.name: t.type for t in program.tensors}
+    out: dict[str, str] = {}
+    for setting in settings:
+        name, _, text = (part.strip() for part in setting.partition("="))
+        if name not in types:
+            have = ", ".join(types) or "none"
+            raise UsageError(f"--storage {setting}: {program.name} has no captured tensor {name!r} (it has: {have})")
+        if text not in STORAGE[types[name]]:
+            choices = ", ".join(STORAGE[types[name]])
+            raise UsageError(f"--storage {setting}: {name} holds {types[name]} values; choose one of {choices}")
+        out[name] = text
+    return out
 
 
 def fit_settings(program: Program, settings: dict[str, Scalar]) -> dict[str, Scalar]:

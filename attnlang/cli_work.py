@@ -13,7 +13,7 @@ import attnlang
 from attnlang.ir import Program, Scalar, UsageError
 
 from .api import Attention
-from .cli_inputs import fit_settings, load_program, load_tensors, parse_dtype, parse_settings
+from .cli_inputs import fit_settings, load_program, load_tensors, parse_dtype, parse_settings, parse_storage
 from .made import make_values
 from .show import TilePicture, picture_of, write_atomically
 
@@ -192,15 +192,19 @@ def compile_to(
     value_dim: int | None,
     dtype: str | None,
     settings: Iterable[str],
+    storage: Iterable[str],
     binary: bool,
 ) -> list[str]:
     """Write the generated source of a program to ``out`` and return what was done, in words."""
+    from attnlang.runtime.source import source as generate
+
     program = load_program(source)
+    held = parse_storage(program, storage)
     usual = "float32" if target.partition(":")[0] == "cpu" else "bfloat16"
     name = str(parse_dtype(dtype or usual)).removeprefix("torch.")
     static: dict[str, Scalar] = fit_settings(program, parse_settings(settings))
-    attention = Attention(program, backend=None, **static)
-    text = attention.source(target, head_dim, value_dim, name)
+    specialised = Attention(program, backend=None, **static).program
+    text = generate(specialised, target, head_dim, value_dim or head_dim, name, held)
     if out == "-":
         if binary:
             raise UsageError("--binary needs a file: name one with -o")
@@ -213,7 +217,7 @@ def compile_to(
     if binary:
         from attnlang.runtime.binary import binary as build
 
-        built = build(attention.program, target, head_dim, value_dim or head_dim, name)
+        built = build(specialised, target, head_dim, value_dim or head_dim, name, held)
         compiled = path.with_suffix(built.suffix)
         write_atomically(compiled, lambda temporary: temporary.write_bytes(built.data))
         done.append(f"wrote {compiled} ({len(built.data)} bytes): {built.needs}")

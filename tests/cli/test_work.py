@@ -73,6 +73,8 @@ def test_compile_prints_and_is_deterministic(invoke: Invoke, good: Path) -> None
         (["--target", "abacus"], ["abacus"]),
         (["--dtype", "float7"], ["float7", "bfloat16"]),
         (["--set", "nonsense=3"], ["nonsense"]),
+        (["--storage", "doc=float32"], ["doc", "int32"]),
+        (["--storage", "dok=int32"], ["dok", "doc"]),
         (["--binary"], []),
     ],
 )
@@ -80,6 +82,11 @@ def test_compile_refuses(invoke: Invoke, good: Path, words: list[str], expected:
     result = invoke("compile", good, "-o", "-", *words)
     assert result.exit_code == 1, result.output
     said(result, *expected)
+
+
+def test_storage_of_captured_tensors(invoke: Invoke, good: Path) -> None:
+    usual, narrow = (invoke("compile", good, "-o", "-", *words).stdout for words in ([], ["--storage", "doc=int32"]))
+    assert usual != narrow
 
 
 def test_compile_keeps_the_old_file_when_it_fails(invoke: Invoke, broken: Path, tmp_path: Path) -> None:
