@@ -144,8 +144,7 @@ class BlockMask:
         dq_kv_order: Tensor | None = None,
         dq_kv_order_spt: bool | None = None,
     ) -> None:
-        if kv_indices.dim() < 2:
-            raise BlockMaskError("BlockMask must have at least 2 dimensions")
+        _check_rank(kv_indices)
         for kind, num, idx in (
             ("kv", full_kv_num_blocks, full_kv_indices),
             ("q", full_q_num_blocks, full_q_indices),
@@ -215,6 +214,7 @@ class BlockMask:
         Raises:
             UsageError: indices of fewer than 2 dimensions, or only one of the ``full_kv_*`` pair.
         """
+        _check_rank(kv_indices)
         size = (BLOCK_SIZE, BLOCK_SIZE) if isinstance(BLOCK_SIZE, int) else BLOCK_SIZE
         lengths = seq_lengths or (kv_indices.shape[-2] * size[0], kv_indices.shape[-1] * size[1])
         out = cls(
@@ -376,6 +376,11 @@ class BlockMask:
         lengths, size = (self.seq_lengths, self.BLOCK_SIZE) if flatten else ((self.seq_lengths,), (self.BLOCK_SIZE,))
         schedule = (self.dq_write_order, self.dq_write_order_full, self.dq_kv_order, self.dq_kv_order_spt)
         return (*lengths, *self.blocks.tensors(), *schedule, *size, self.mask_mod)
+
+
+def _check_rank(kv_indices: Tensor) -> None:
+    if kv_indices.dim() < 2:
+        raise BlockMaskError("BlockMask must have at least 2 dimensions")
 
 
 def _draw(dense: Tensor, step_q: int, step_k: int) -> str:
