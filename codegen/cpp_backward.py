@@ -119,7 +119,7 @@ class _Printer(CppPrinter):
         """Offsets of the element ``load`` reads, one a lane, in a buffer with strides of its own."""
         terms = []
         for n, (index, (low, high)) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True)):
-            text = self._clamped(index, Level.PAIR, True, f"t_{load.tensor}_n{n}", low, high)
+            text = self._clamped(index, Level.PAIR, True, f"a.t_{load.tensor}_n{n}", low, high)
             wide = text if self.plan.width(index) is Width.I64 else f"to<vint64>({text})"
             terms.append(f"{wide} * a.{buffer}_s{n}")
         return " + ".join(terms)

@@ -7,7 +7,6 @@ import hashlib
 import struct
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from attnlang.codegen.cpp_backward import ENTRY, backward_arguments, emit_backwa
 from attnlang.codegen.isa import COMMON_FLAGS, Isa
 from attnlang.codegen.plan import CapturedGrad, KernelPlan, make_plan
 
-from attnlang.ir import KEY_ADDRESS, Environment, Index, evaluate, postorder
+from attnlang.ir import KEY_ADDRESS, Index
 from attnlang.passes.levels import Level
 
 from . import cpp
 from .cache import Cache
 from .call import Call
+from .captured_grads import Gradients, bring_back, total
 from .errors import Unavailable
 from .toolchain import compile_library, find_compiler
 
@@ -33,16 +33,6 @@ SHARES = 16
 """Pieces the work is cut into when few key heads exist; a constant, so that sums do not depend on threads."""
 BUFFER_LIMIT = 1 << 28
 """Floats of private buffers a scattered gradient may take before the PyTorch fallback is used."""
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of q, k, v in their dtypes and of the wanted captured tensors, by name, in float32."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    captured: Mapping[str, Tensor]
 
 
 class _Kernel:
@@ -143,13 +133,8 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
     for i, grad in enumerate(kernel.plan.grads):
         tensors[f"d{i}"] = _buffer(call, grad, splits, blocks)
     kernel(call, tensors, cpp._schedule(call, isa), torch.get_num_threads())
-    captured: dict[str, Tensor] = {}
-    for i, grad in enumerate(kernel.plan.grads):
-        part = _gather(call, grad, tensors[f"d{i}"])
-        name = grad.load.tensor
-        captured[name] = captured[name] + part if name in captured else part
-    for name in wanted:
-        captured.setdefault(name, torch.zeros(call.tensors[name].shape))
+    parts = [_gather(call, grad, tensors[f"d{i}"]) for i, grad in enumerate(kernel.plan.grads)]
+    captured = total(call, wanted, kernel.plan.grads, parts)
     dk, dv = (
         (tensors[n][0] if splits == 1 else tensors[n].sum(0))[..., : t.shape[3]].to(t.dtype)
         for n, t in (("dk", call.k), ("dv", call.v))
@@ -187,24 +172,11 @@ def _buffer(call: Call, grad: CapturedGrad, splits: int, blocks: int) -> Tensor:
 
 def _gather(call: Call, grad: CapturedGrad, buffer: Tensor) -> Tensor:
     """Bring the sums of one gradient to the shape of the tensor, always in the same order."""
-    tensor = call.tensors[grad.load.tensor]
-    if grad.level is Level.PAIR:
-        return buffer.sum((0, 1, 2))
-    sums = {Level.GRID: lambda x: x.sum(-1), Level.ROW: lambda x: x, Level.COL: lambda x: x.sum(0)}[grad.level](buffer)
-    axes = {Level.GRID: "bh", Level.ROW: "bhq", Level.COL: "bhk"}[grad.level]
-    if not grad.load.indices:
-        return sums.sum()
-    read = {n.axis for index in grad.load.indices for n in postorder(index) if isinstance(n, Index)}
-    keep = [d for d, axis in enumerate(axes) if axis in read]
-    drop = [d for d in range(len(axes)) if d not in keep]
-    sums = sums.sum(drop) if drop else sums
-    grid = {
-        axes[d]: torch.arange(buffer_size).view([-1 if e == i else 1 for e in range(len(keep))])
-        for i, d in enumerate(keep)
-        for buffer_size in (sums.shape[i],)
-    }
-    env = Environment(grid, call.sizes, call.params, call.tensors)
-    index = [evaluate(e, env).clamp(0, max(n - 1, 0)) for e, n in zip(grad.load.indices, tensor.shape, strict=True)]
-    index = [i.expand(sums.shape) for i in index]
-    out = torch.zeros(tensor.shape)
-    return out.index_put_(tuple(index), sums, accumulate=True) if out.numel() else out
+    match grad.level:
+        case Level.PAIR:
+            return buffer.sum((0, 1, 2))
+        case Level.GRID:
+            return bring_back(call, grad.load, buffer.sum(-1), "bh")
+        case Level.ROW:
+            return bring_back(call, grad.load, buffer, "bhq")
+    return bring_back(call, grad.load, buffer.sum(0), "bhk")

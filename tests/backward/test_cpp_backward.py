@@ -2,105 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from attnlang.runtime import cpp, cpp_backward
-from attnlang.runtime.call import Call
+from backward import cases
+from backward.cases import CAUSAL, LEARNABLE, N, make_call
 
-from attnlang.ir import FLOAT, INT, Load, Program, Size, TensorParam, reference_attention, simple
-from attnlang.ir.build import all_of, b, clamp, const, h, k, op, q, s
-from attnlang.sparsity import analyse
+from attnlang.ir import INT, Load, Size, TensorParam, simple
+from attnlang.ir.build import all_of, k, op, q
 
-CAUSAL = op("le", k, q)
-
-
-def bias(*index):
-    return Load("t", tuple(const(i) for i in index), FLOAT)
-
-
-def tensor(*shape):
-    return (TensorParam("t", FLOAT, tuple(Size(n) for n in shape)),)
-
-
-def learnable(name, score, shape, dims, mask=CAUSAL):
-    return pytest.param(simple(name, mask=mask, score=score, tensors=tensor(*shape)), dims, id=name)
-
-
-N = 150
-S = 2 * N
-LEARNABLE = [
-    learnable("relative_1d", op("add", s, bias(op("abs", op("sub", q, k)))), ("n",), (S,)),
-    learnable("rows", op("add", s, bias(q)), ("n",), (N,)),
-    learnable("columns", op("add", s, bias(k)), ("n",), (N,)),
-    learnable("symmetric", op("add", op("add", s, bias(q)), bias(k)), ("n",), (N,)),
-    learnable("product", op("add", s, op("mul", bias(q), bias(k))), ("n",), (N,)),
-    learnable("head_scale", op("mul", s, bias(h)), ("H",), (4,)),
-    learnable("head_gate", op("mul", s, op("sigmoid", bias(h))), ("H",), (4,)),
-    learnable("scalar", op("add", s, bias()), (), ()),
-    learnable("absolute_2d", op("add", s, bias(q, k)), ("m", "n"), (N, N)),
-    learnable("flipped", op("add", s, bias(k, q)), ("m", "n"), (N, N)),
-    learnable("batch_head", op("add", s, bias(b, h)), ("B", "H"), (2, 4)),
-    learnable("batch_head_multiplicative", op("mul", s, bias(b, h, q, k)), ("B", "H", "m", "n"), (2, 4, N, N)),
-    learnable("broadcast_batch", op("add", s, bias(b, h, q, k)), ("o", "H", "m", "n"), (1, 4, N, N)),
-    learnable("local_window", op("add", s, bias(clamp(op("add", op("sub", q, k), 8), 0, 16))), ("n",), (17,)),
-    learnable("diagonal", op("add", s, bias(h, op("add", op("sub", q, k), N))), ("H", "n"), (4, S)),
-    learnable("sum", op("add", s, bias(op("add", q, k))), ("n",), (S,)),
-    learnable("distinct", op("mul", op("add", s, bias(q, 0)), op("exp", bias(k, 1))), ("m", "n"), (N, 2)),
-    learnable("capped", op("mul", op("tanh", op("div", op("add", s, bias(h)), 2.0)), 2.0), ("H",), (4,)),
-    learnable("only_bias", op("add", op("mul", s, 0.0), bias(q)), ("n",), (N,)),
-    learnable("reciprocal", op("div", s, op("sub", op("to_float", q), k)), (), (), mask=op("lt", k, q)),
-]
-
-
-def make_call(program: Program, shapes, tensors, dtype=torch.float32, strided=False):
-    batch, heads, kv_heads, lq, lk, d, dv = shapes
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(*shape):
-        if strided:
-            shape = (shape[0], shape[2], shape[1], shape[3])
-            return torch.randn(shape, generator=generator).to(dtype).transpose(1, 2)
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    operands = rows(batch, heads, lq, d), rows(batch, kv_heads, lk, d), rows(batch, kv_heads, lk, dv)
-    sizes = {"B": batch, "H": heads, "Hkv": kv_heads, "Lq": lq, "Lk": lk}
-    for param in program.tensors:
-        sizes |= {dim.name: n for dim, n in zip(param.shape, tensors[param.name].shape, strict=True)}
-    maps = {}
-
-    def runs(tile):
-        if tile not in maps:
-            maps[tile] = analyse(program, sizes, {}, tensors, tile)
-        return maps[tile]
-
-    return Call(program, *operands, sizes, {}, tensors, d**-0.5, runs)
-
-
-def both(call: Call):
-    """Return (ours, reference) gradients by name, in float64."""
-    o, lse = cpp.forward(call)
-    do, dlse = torch.randn(o.shape).to(o.dtype), torch.randn(lse.shape)
-    wanted = tuple(n for n, t in call.tensors.items() if t.is_floating_point())
-    got = cpp_backward.backward(call, o, lse, do, dlse, wanted)
-    ours = {"q": got.q, "k": got.k, "v": got.v, **got.captured}
-    leaves = {n: getattr(call, n).double().requires_grad_() for n in "qkv"}
-    captured = {n: t.double().requires_grad_() if n in wanted else t for n, t in call.tensors.items()}
-    out, ref_lse = reference_attention(call.program, *leaves.values(), call.sizes, {}, captured, call.scale)
-    seen = torch.isfinite(ref_lse)
-    loss = (out * do.double()).sum() + (torch.where(seen, ref_lse, 0.0) * dlse).sum()
-    inputs = [*leaves.values(), *(captured[n] for n in wanted)]
-    want = torch.autograd.grad(loss, inputs, allow_unused=True)
-    zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, want, strict=True)]
-    return {n: t.double() for n, t in ours.items()}, dict(zip((*"qkv", *wanted), zeros, strict=True))
-
-
-def check(call: Call, tolerance=1e-4):
-    ours, want = both(call)
-    for name, reference in want.items():
-        assert torch.isfinite(ours[name]).all(), name
-        scale = max(reference.abs().max().item(), 1e-6) if reference.numel() else 1.0
-        error = (ours[name] - reference).abs().max().item() / scale if reference.numel() else 0.0
-        assert error < tolerance, (name, error)
+both = functools.partial(cases.both, forward=cpp.forward, backward=cpp_backward.backward)
+check = functools.partial(cases.check, forward=cpp.forward, backward=cpp_backward.backward)
 
 
 @pytest.mark.parametrize("program, dims", LEARNABLE)

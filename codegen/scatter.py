@@ -1,0 +1,72 @@
+"""How the gradient of a captured tensor that is read once a pair is added up.
+
+The index map of the load decides. Where q and k are indices of their own, every pair has an element of its own. Where
+the indices depend on the pair through q - k or q + k only, sums along diagonals come first and are few. Anything else
+is a scatter, which only atomic additions can do in parallel.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from attnlang.ir import Const, Expr, Index, Load, Op
+
+__all__ = ["Scatter", "scatter_of"]
+
+
+class Scatter(enum.Enum):
+    """``STORE``: one pair an element. ``DIFFERENCE``, ``SUM``: a function of k - q or q + k. ``ATOMIC``: the rest."""
+
+    STORE = "store"
+    DIFFERENCE = "difference"
+    SUM = "sum"
+    ATOMIC = "atomic"
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self in (Scatter.DIFFERENCE, Scatter.SUM)
+
+
+def _slopes(node: Expr) -> tuple[int, int] | None:
+    """Return the coefficients of q and k in an expression that is affine in them, None for any other."""
+    if isinstance(node, Index):
+        return int(node.axis == "q"), int(node.axis == "k")
+    if not node.args and not hasattr(node, "axes"):
+        return 0, 0
+    inner = [_slopes(a) for a in node.args]
+    if all(x == (0, 0) for x in inner):
+        return 0, 0
+    if not isinstance(node, Op) or any(x is None for x in inner):
+        return None
+    found = [x for x in inner if x is not None]
+    match node.op:
+        case "add":
+            return found[0][0] + found[1][0], found[0][1] + found[1][1]
+        case "sub":
+            return found[0][0] - found[1][0], found[0][1] - found[1][1]
+        case "neg":
+            return -found[0][0], -found[0][1]
+        case "mul":
+            for factor, other in ((node.args[0], found[1]), (node.args[1], found[0])):
+                if isinstance(factor, Const):
+                    return int(factor.value) * other[0], int(factor.value) * other[1]
+    return None
+
+
+def _only_through(node: Expr, sign: int) -> bool:
+    """Whether ``node`` depends on q and k through k + sign * q only."""
+    slopes = _slopes(node)
+    if slopes is not None:
+        return slopes[0] == sign * slopes[1]
+    return bool(node.args) and all(_only_through(a, sign) for a in node.args)
+
+
+def scatter_of(load: Load) -> Scatter:
+    """Return how gradients at the index of ``load``, which depends on the pair, are added up."""
+    plain = {index.axis for index in load.indices if isinstance(index, Index)}
+    if {"q", "k"} <= plain:
+        return Scatter.STORE
+    for kind, sign in ((Scatter.DIFFERENCE, -1), (Scatter.SUM, 1)):
+        if all(_only_through(index, sign) for index in load.indices):
+            return kind
+    return Scatter.ATOMIC

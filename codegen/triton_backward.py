@@ -1,0 +1,321 @@
+"""The backward pass on the Triton target: two kernels, each the only writer of what it computes.
+
+The queries kernel walks the run map row by row and gives dq, delta and the gradients of captured tensors that are sums
+over keys; the keys kernel walks the transposed map and gives dk, dv and sums over queries, over all query heads of a
+group. Weights are recomputed from the saved lse. Neither needs atomic additions, so gradients are the same bits in
+every run; the exception is a captured tensor scattered to by an arbitrary index map (``Scatter.ATOMIC``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from attnlang.ir import FLOAT, Expr, Load, Op
+from attnlang.passes.levels import Level
+
+from .plan import CapturedGrad, KernelPlan, Section, Value
+from .scatter import scatter_of
+from .triton import Config, _comment, _mask_text, _program_lines, _scalar, _wrapped, padded
+from .triton_helpers import helper_sources
+from .triton_printer import TritonPrinter, safe_name
+
+__all__ = ["KEYS", "QUERIES", "BackwardArguments", "backward_arguments", "emit_keys", "emit_queries", "kernel_name"]
+
+QUERIES, KEYS = "queries", "keys"
+
+_OWN_NAMES = """
+at attention_backward_keys attention_backward_queries base delta delta_ptr dk dk_base dk_offsets dk_ptr dlogit dlse
+dlse_ptr do do_base do_offsets do_ptr dp dq dq_base dq_offsets dq_ptr ds dv dv_base dv_offsets dv_ptr group high
+key_inside low member num_k_tiles o_out p place seen share shares skew start_k tile_k turn where_wraps wraps
+"""
+_CLASHES = re.compile(
+    rf"(?<![\w.])({'|'.join(_OWN_NAMES.split())}"
+    r"|(?:q|k|v|o|do|dq|dk|dv)_stride_[bhnd]|grad\d+(?:_ptr|_sum|_to|_at|_part|_stride(?:\d+|_[bh]))?)(?!\w)"
+)
+"""Names of the backward templates that the forward template does not have."""
+
+
+def _rename(text: str) -> str:
+    """Add an underscore to names of the program that a backward template uses for itself."""
+    return _CLASHES.sub(r"\1_", text)
+
+
+class _Printer(TritonPrinter):
+    """Pairs are [queries, keys], or [keys, queries] where ``flipped``."""
+
+    def __init__(self, plan: KernelPlan, *, interpreted: bool, flipped: bool) -> None:
+        super().__init__(plan, interpreted=interpreted)
+        self.flipped = flipped
+
+    def text(self, node: Expr, at: Level) -> str:
+        return _rename(super().text(node, at))
+
+    def value(self, value: Value) -> str:
+        return _rename(super().value(value))
+
+    def value_name(self, name: str) -> str:
+        return _rename(super().value_name(name))
+
+    def _spread(self, text: str, have: Level, at: Level) -> str:
+        out = super()._spread(text, have, at)
+        if not self.flipped or out == text:
+            return out
+        for old, new in (("[:, None]", "[None, :]"), ("[None, :]", "[:, None]")):
+            if out.endswith(old):
+                return out.removesuffix(old) + new
+        return out
+
+    def _distance(self, node: Expr, at: Level) -> str | None:
+        text = super()._distance(node, at)
+        if text is None or not self.flipped or (isinstance(node, Op) and node.op == "abs"):
+            return text
+        return text.replace("[:, None]", "[?]").replace("[None, :]", "[:, None]").replace("[?]", "[None, :]")
+
+    def offset(self, load: Load, buffer: str) -> str:
+        """Offsets of the elements ``load`` reads in a buffer with strides of its own."""
+        terms = []
+        for dim, (index, guard) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True)):
+            level = self.plan.level(index)
+            text = _rename(self._position(index, f"{safe_name(load.tensor)}_size{dim}", guard, level))
+            terms.append(f"({self._spread(f'({text})', level, Level.PAIR)}) * {buffer}_stride{dim}")
+        return " + ".join(terms)
+
+
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    text: str
+    comment: str
+
+
+def _lines(printer: _Printer, values: Iterable[Value]) -> list[_Line]:
+    return [_Line(printer.value_name(v.name), printer.value(v), _comment(v.comment)) for v in values]
+
+
+@dataclass(frozen=True)
+class _Grad:
+    """Text for one captured gradient: ``kind`` is row, grid, col, store, difference, sum or atomic."""
+
+    name: str
+    kind: str
+    value: str
+    offset: str
+    comment: str
+
+    @property
+    def summed(self) -> bool:
+        """Whether it is summed in registers along the inner axis."""
+        return self.kind in ("row", "grid", "col")
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """Text of the inner loop of one kind of tile; ``outer`` and ``inner`` are the statements of either vector axis."""
+
+    outer: list[_Line]
+    inner: list[_Line]
+    pair: list[_Line]
+    score: str
+    dscore: str
+    mask: str
+    reads_outer: bool
+    reads_inner: bool
+    distance: bool
+
+
+def _kind(grad: CapturedGrad) -> str:
+    return scatter_of(grad.load).value if grad.level is Level.PAIR else grad.level.value
+
+
+def _belongs(grad: CapturedGrad, kernel: str) -> bool:
+    return (grad.level is Level.COL) == (kernel == KEYS)
+
+
+@dataclass(frozen=True)
+class BackwardArguments:
+    """Parameters of one backward kernel and of its ``launch``.
+
+    ``call`` holds the host expression for each kernel parameter, ``loose`` the parameters that are not specialised on
+    their value; ``types`` the element types of pointers and floats, ``last`` the strides that are usually 1.
+    """
+
+    kernel: tuple[str, ...]
+    host: tuple[str, ...]
+    call: tuple[str, ...]
+    loose: tuple[str, ...]
+    types: dict[str, str]
+    last: frozenset[str]
+
+
+_SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": "k.shape[1]", "Lk": "k.shape[2]"}
+_TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
+
+
+def kernel_name(kernel: str) -> str:
+    """Return the name of the Triton function of the ``queries`` or the ``keys`` kernel."""
+    return f"attention_backward_{kernel}"
+
+
+def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
+    """Return the parameters of the ``queries`` or ``keys`` kernel of a backward plan.
+
+    ``launch`` takes the tensors, scale, captured tensors, scalars, sizes the shapes of q and k do not give, one buffer
+    for each captured gradient of this kernel, ``shares`` where sums along diagonals are private to a share of the
+    queries, and the run table.
+    """
+    element = plan.dtype
+    rows = {"q": element, "k": element, "v": element, "do": element}
+    rows |= {"o": element, "dq": element} if kernel == QUERIES else {"dk": element, "dv": element}
+    flat = ("lse", "delta", "dlse") if kernel == QUERIES else ("lse", "delta")
+    types = {f"{name}_ptr": dtype for name, dtype in rows.items()} | {f"{name}_ptr": "float32" for name in flat}
+    pairs = [(f"{name}_ptr", name) for name in (*rows, *flat)]
+    pairs += [(f"{t}_stride_{a}", f"{t}.stride({d})") for t in rows for d, a in enumerate("bhnd")]
+    last = {f"{t}_stride_d" for t in rows}
+    pairs.append(("scale", "scale"))
+    types["scale"] = "float"
+    host, loose = [*rows, *flat, "scale"], ["scale"]
+    for tensor in plan.tensors:
+        name = safe_name(tensor.name)
+        own = [(f"{name}_ptr", name)]
+        own += [(f"{name}_stride{d}", f"{name}.stride({d})") for d in range(tensor.rank)]
+        sizes = [(f"{name}_size{d}", f"{name}.size({d})") for d in range(tensor.rank)]
+        pairs += [(_rename(a), _rename(b)) for a, b in own + sizes]
+        loose += [_rename(a) for a, _ in sizes]
+        types[_rename(f"{name}_ptr")] = tensor.dtype
+        last |= {_rename(f"{name}_stride{tensor.rank - 1}")} if tensor.rank else set()
+        host.append(_rename(name))
+    scalars = [_rename(safe_name(p.name)) for p in plan.scalars]
+    types |= {_rename(safe_name(p.name)): "float" for p in plan.scalars if p.type is FLOAT}
+    sizes_read = list(dict.fromkeys(("H", "Hkv", "Lq", "Lk", *plan.sizes)))
+    extra = [_rename(safe_name(n)) for n in plan.sizes if n not in _SIZES]
+    pairs += [(n, n) for n in scalars]
+    pairs += [(_rename(safe_name(n)), _SIZES.get(n, _rename(safe_name(n)))) for n in sizes_read]
+    host += [*scalars, *extra]
+    loose += [*scalars, *(_rename(safe_name(n)) for n in sizes_read)]
+    for i, grad in enumerate(plan.grads):
+        if not _belongs(grad, kernel):
+            continue
+        name = f"grad{i}"
+        pairs.append((f"{name}_ptr", name))
+        types[f"{name}_ptr"] = "float32"
+        host.append(name)
+        if _kind(grad) in ("store", "atomic"):  # a buffer [batch or 1, heads or 1, *shape of the tensor]
+            strides = [(f"{name}_stride_{a}", f"{name}.stride({d}) if {name}.shape[{d}] > 1 else 0")
+                       for d, a in enumerate("bh")]  # fmt: skip
+            strides += [(f"{name}_stride{d}", f"{name}.stride({d + 2})") for d in range(len(grad.load.indices))]
+            pairs += strides
+            loose += [a for a, _ in strides]
+    if kernel == QUERIES and any(scatter_of(g.load).is_diagonal for g in plan.grads if g.level is Level.PAIR):
+        pairs.append(("shares", "shares"))
+        host.append("shares")
+        loose.append("shares")
+    pairs += [(n, n) for n in _TABLE]
+    host += _TABLE
+    loose += _TABLE[4:]
+    types |= dict.fromkeys(_TABLE[:4], "int32")
+    names, texts = zip(*pairs, strict=True)
+    return BackwardArguments(names, tuple(host), texts, tuple(loose), types, frozenset(last))
+
+
+def _times(first: str, factor: str) -> str:
+    return first if factor == "1.0" else f"{first} * ({factor})"
+
+
+def _loop(printer: _Printer, section: Section, plan: KernelPlan, mask: Expr | None) -> _Loop:
+    printer.used.clear()
+    row, col, pair = (_lines(printer, part) for part in (section.row, section.col, section.pair))
+    score = "" if plan.score is None else printer.text(plan.score, Level.PAIR)
+    dscore = "dlogit" if plan.dscore is None else f"dlogit * ({printer.text(plan.dscore, Level.PAIR)})"
+    hidden = "" if mask is None else _mask_text(printer, mask)
+    for grad in plan.grads:
+        printer.text(grad.derivative, Level.PAIR)
+        if grad.level is Level.PAIR:
+            printer.offset(grad.load, "grad")
+    outer, inner = (col, row) if printer.flipped else (row, col)
+    reads = [name in printer.used for name in ("q_idx", "k_idx")]
+    reads_outer, reads_inner = reversed(reads) if printer.flipped else reads
+    distance = "k_distance" in printer.used
+    return _Loop(outer, inner, pair, score, dscore, hidden, reads_outer, reads_inner, distance)
+
+
+def _grads(printer: _Printer, plan: KernelPlan, kernel: str) -> list[_Grad]:
+    out = []
+    for i, grad in enumerate(plan.grads):
+        if _belongs(grad, kernel):
+            kind = _kind(grad)
+            offset = printer.offset(grad.load, f"grad{i}") if kind in ("store", "atomic") else ""
+            value = _times("dlogit", printer.text(grad.derivative, Level.PAIR))
+            out.append(_Grad(f"grad{i}", kind, value, offset, _comment(str(grad.load.tensor))))
+    return out
+
+
+def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -> dict[str, Any]:
+    printer = _Printer(plan, interpreted=interpreted, flipped=kernel == KEYS)
+    block_d, block_dv = padded(plan.head_dim), padded(plan.value_dim)
+    full = _loop(printer, plan.full, plan, None)
+    partial = _loop(printer, plan.partial, plan, plan.mask)
+    grads = _grads(printer, plan, kernel)
+    context: dict[str, Any] = {
+        "config": config,
+        "head_dim": plan.head_dim,
+        "value_dim": plan.value_dim,
+        "block_d": block_d,
+        "block_dv": block_dv,
+        "d_columns": "d_mask[None, :]" if block_d != plan.head_dim else "",
+        "dv_columns": "dv_mask[None, :]" if block_dv != plan.value_dim else "",
+        "precision": ', input_precision="ieee"' if plan.dtype == "float32" else "",
+        # the interpreter multiplies the bits of bfloat16
+        "operand": ".to(tl.float32)" if interpreted and plan.dtype == "bfloat16" else "",
+        "wide": ".to(tl.int64)" if plan.wide else "",
+        "kernel_name": kernel_name(kernel),
+        "title": _comment(f"Attention backward over {kernel} for the program {plan.program.name}"),
+        "program_text": _program_lines(plan),
+        "about": f"{plan.dtype}, head dimension {plan.head_dim}, value dimension {plan.value_dim}.",
+        "key_batch": _scalar(printer.text(plan.key_batch, Level.GRID)),
+        "key_head": _scalar(printer.text(plan.key_head, Level.GRID)),
+        "scored": plan.score is not None,
+        "distance": full.distance or partial.distance,
+        "grid_values": _lines(printer, plan.grid),
+        "full": full,
+        "partial": partial,
+        "grads": grads,
+        "diagonal": [g for g in grads if g.kind in ("difference", "sum")],
+        "scattered": [g for g in grads if not g.summed],
+        "arguments": backward_arguments(plan, kernel),
+    }
+    context["helpers"] = helper_sources(printer.helpers)
+    return context
+
+
+@cache
+def _template(kernel: str) -> Any:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    return environment.get_template(f"triton_backward_{kernel}.j2")
+
+
+def _emit(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -> str:
+    text = str(_template(kernel).render(c=(context := _context(plan, config, kernel, interpreted)), **context))
+    return "".join(map(_wrapped, text.splitlines(keepends=True)))
+
+
+def emit_queries(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
+    """Return the Triton source of the kernel for dq, delta and sums over keys; equal inputs give equal text.
+
+    ``config.block_m`` must be at most ``config.block_n`` where gradients are summed along diagonals.
+    """
+    return _emit(plan, config, QUERIES, interpreted)
+
+
+def emit_keys(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
+    """Return the Triton source of the kernel for dk, dv and sums over queries; it reads the transposed run map."""
+    return _emit(plan, config, KEYS, interpreted)

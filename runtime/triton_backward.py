@@ -1,0 +1,239 @@
+"""Gradients on the Triton backend: two generated kernels, and their sums for captured tensors brought back.
+
+Works with ``TRITON_INTERPRET=1`` on CPU tensors, like the forward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attnlang.codegen.plan import CapturedGrad, KernelPlan, make_plan
+from attnlang.codegen.scatter import Scatter, scatter_of
+from attnlang.codegen.triton import Config
+from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_queries
+from attnlang.codegen.triton_backward_tiles import candidates
+
+from attnlang.ir import KEY_ADDRESS, Index, Program, UsageError
+from attnlang.passes.levels import Level
+
+from . import triton as forward_pass
+from .call import Call
+from .captured_grads import Gradients, bring_back, total
+from .errors import Unavailable
+
+__all__ = ["Gradients", "backward"]
+
+Tensor = torch.Tensor
+
+BUFFER_LIMIT = 1 << 28
+"""Floats a buffer of a captured gradient may take before the PyTorch fallback is used."""
+INSTANCES = 512
+"""Program instances wanted where sums along diagonals are private to each; a constant, so that sums do not depend on
+the device."""
+
+_EMIT = {QUERIES: emit_queries, KEYS: emit_keys}
+
+
+@dataclass
+class _Pass:
+    """One of the two kernels with its candidate tiles; ``choice`` moves down when a tile does not fit the device."""
+
+    plan: KernelPlan
+    kernel: str
+    configs: tuple[Config, ...]
+    choice: int = 0
+
+    @property
+    def config(self) -> Config:
+        return self.configs[self.choice]
+
+    def launcher(self) -> Callable[..., None]:
+        """Return ``launch`` of the generated module at the current tile."""
+        source = _EMIT[self.kernel](self.plan, self.config, interpreted=forward_pass._interpreted())
+        launch: Callable[..., None] = forward_pass._load(source).launch
+        return launch
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Both kernels of a program, which is held so that its id stays taken."""
+
+    program: Program
+    plan: KernelPlan
+    queries: _Pass
+    keys: _Pass
+
+
+_kernels: OrderedDict[Any, _Kernels] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _kernel(call: Call, target: str, wanted: tuple[str, ...]) -> _Kernels:
+    storage = tuple(call.storage.items())
+    dims = (call.q.shape[3], call.v.shape[3])
+    wide = forward_pass._needs_wide(call)
+    key = (id(call.program), call.q.dtype, dims, storage, wide, target, wanted)
+    with _lock:
+        found = _kernels.get(key)
+        if found is not None:
+            _kernels.move_to_end(key)
+            return found
+    plan = make_plan(
+        call.program,
+        dtype=forward_pass._DTYPES[call.q.dtype],
+        head_dim=dims[0],
+        value_dim=dims[1],
+        storage=dict(storage),
+        wide=wide,
+        backward=True,
+        captured_grads=wanted,
+    )
+    passes = (_Pass(plan, kernel, candidates(plan, kernel, target)) for kernel in (QUERIES, KEYS))
+    with _lock:
+        made = _kernels.setdefault(key, _Kernels(call.program, plan, *passes))
+        while len(_kernels) > forward_pass.MAX_KERNELS:
+            _kernels.popitem(last=False)
+    return made
+
+
+def _check(call: Call) -> str:
+    target = forward_pass._check(call)
+    (term,) = call.program.attend.terms
+    values = next(x.rows for x in call.program.attend.outputs if x.rows is not None)
+    if term.right.address != KEY_ADDRESS or values.address != KEY_ADDRESS:
+        raise Unavailable("the Triton backward pass takes the default key address only")
+    if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
+        raise Unavailable("nothing to run")
+    return target
+
+
+class _Sums:
+    """The buffer of one captured gradient, and the way from it to the tensor."""
+
+    def __init__(self, call: Call, grad: CapturedGrad, query_tiles: int, shares: int) -> None:
+        self.call, self.grad = call, grad
+        self.scatter = scatter_of(grad.load) if grad.level is Level.PAIR else None
+        batch, heads, lq, lk = (call.sizes[n] for n in ("B", "H", "Lq", "Lk"))
+        shape: tuple[int, ...]
+        if self.scatter is None:
+            last = {Level.GRID: query_tiles, Level.ROW: lq, Level.COL: lk}[grad.level]
+            shape = (batch, heads, last)
+        elif self.scatter.is_diagonal:
+            shape = (batch, heads, shares, lq + lk - 1)
+        else:
+            shape = (*self._copies(), *call.tensors[grad.load.tensor].shape)
+        floats = torch.Size(shape).numel()
+        if floats > BUFFER_LIMIT:
+            raise Unavailable(f"the gradient of {grad.load.tensor} would need {floats * 4 >> 20} MB of buffers")
+        self.buffer = torch.zeros(shape, device=call.q.device)
+
+    def _copies(self) -> tuple[int, int]:
+        """Copies of the tensor along batch and heads, so that no two pairs store to one element."""
+        if self.scatter is Scatter.ATOMIC:
+            return 1, 1
+        apart = _apart(self.call, self.grad)
+        return 1 if "b" in apart else self.call.sizes["B"], 1 if "h" in apart else self.call.sizes["H"]
+
+    def result(self) -> Tensor:
+        """Return the gradient in the shape of the tensor."""
+        load, buffer = self.grad.load, self.buffer
+        match self.scatter:
+            case Scatter.DIFFERENCE | Scatter.SUM:
+                sign = "-" if self.scatter is Scatter.DIFFERENCE else "+"
+                return bring_back(self.call, load, buffer.sum(2), f"bh{sign}")
+            case Scatter.STORE | Scatter.ATOMIC:
+                return buffer.sum((0, 1))
+        if self.grad.level is Level.GRID:
+            return bring_back(self.call, load, buffer.sum(2), "bh")
+        return bring_back(self.call, load, buffer, "bhq" if self.grad.level is Level.ROW else "bhk")
+
+
+def _apart(call: Call, grad: CapturedGrad) -> set[str]:
+    """Return the axes along which pairs read different elements: plain indices that no clamp brings together."""
+    needed = {"b": "B", "h": "H", "q": "Lq", "k": "Lk"}
+    shape = call.tensors[grad.load.tensor].shape
+    plain = [(i.axis, n) for i, n in zip(grad.load.indices, shape, strict=True) if isinstance(i, Index)]
+    return {axis for axis, n in plain if n >= call.sizes[needed[axis]]}
+
+
+def _scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
+    """Refuse what only atomic additions could do, unless they are allowed."""
+    if grad.level is not Level.PAIR:
+        return
+    kind = scatter_of(grad.load)
+    meets = kind is Scatter.STORE and not {"q", "k"} <= _apart(call, grad)
+    if meets or (kind is Scatter.ATOMIC and deterministic):
+        raise Unavailable(f"the gradient of {grad.load.tensor} would need additions in an order that is not fixed")
+
+
+def _shares(call: Call, grads: tuple[CapturedGrad, ...], query_tiles: int) -> int | None:
+    """Shares of the query tiles with sums of their own, None where no sums along diagonals are wanted."""
+    if not any(g.level is Level.PAIR and scatter_of(g.load).is_diagonal for g in grads):
+        return None
+    instances = call.sizes["B"] * call.sizes["H"]
+    most = BUFFER_LIMIT // (instances * (call.sizes["Lq"] + call.sizes["Lk"]))
+    return max(1, min(query_tiles, -(-INSTANCES // instances), most))
+
+
+def backward(
+    call: Call,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    wanted: tuple[str, ...],
+    *,
+    deterministic: bool = True,
+) -> Gradients:
+    """Differentiate a forward call of this backend.
+
+    ``o`` and ``lse`` are what it returned, ``do`` [B, H, Lq, Dv] and ``dlse`` [B, H, Lq] the incoming gradients, and
+    ``wanted`` the captured float tensors whose gradients are needed. Without ``deterministic``, gradients of a tensor
+    read through an arbitrary map of the pair (``table[bucket[q, k]]``) are added up by atomic additions.
+
+    Raises:
+        Unavailable: this backend cannot run the call here.
+    """
+    target = _check(call)
+    kernels = _kernel(call, target, wanted)
+    for grad in kernels.plan.grads:
+        _scatter_fits(call, grad, deterministic)
+    do = do.to(call.q.dtype)
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.float().contiguous()
+    dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
+    sums: dict[int, _Sums] = {}
+    _run(call, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse), sums, target)
+    _run(call, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta), sums, target)
+    parts = [sums[i].result() for i in range(len(kernels.plan.grads))]
+    return Gradients(dq, dk, dv, total(call, wanted, kernels.plan.grads, parts))
+
+
+def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], sums: dict[int, _Sums], target: str) -> None:
+    """Launch one kernel at the first of its tiles that fits, and note the sums it made."""
+    captured = forward_pass._arguments(call, kernel.plan)
+    grads = kernel.plan.grads
+    while True:
+        config = kernel.config
+        tiles = -(-call.sizes["Lq"] // config.block_m)
+        shares = _shares(call, grads, tiles) if kernel.kernel == QUERIES else None
+        own = [i for i, g in enumerate(grads) if (g.level is Level.COL) == (kernel.kernel == KEYS)]
+        made = {i: _Sums(call, grads[i], tiles, shares or 1) for i in own}
+        buffers = [made[i].buffer for i in own] + ([] if shares is None else [shares])
+        run_map = call.runs(config.tile)
+        table = forward_pass._device_table(run_map if kernel.kernel == QUERIES else run_map.transpose(), call.q.device)
+        try:
+            forward_pass._launch(kernel.launcher(), (*operands, call.scale, *captured, *buffers, *table))
+        except forward_pass._out_of_resources() as error:
+            if kernel.choice + 1 >= len(kernel.configs):
+                raise UsageError(f"no tile of this program's backward pass fits {target}: {error}") from error
+            kernel.choice += 1
+        else:
+            sums |= made
+            return
