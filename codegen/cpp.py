@@ -17,10 +17,13 @@ from .cpp_printer import ELEMENTS, SCALARS, VECTORS, CppPrinter
 from .isa import COMMON_FLAGS, Isa
 from .plan import KernelPlan, Section, Value
 
-__all__ = ["ENTRY", "emit"]
+__all__ = ["ENTRY", "SPACE", "emit"]
 
 ENTRY = "attnlang_forward"
 """Name of the exported function."""
+
+SPACE = "attnlang_space"
+"""Name of the function that says how much memory a kernel for a matrix unit needs."""
 
 _POLYNOMIALS = {
     # minimax fits, lowest power first, relative error in parentheses; float32 rounding comes on top
@@ -94,7 +97,7 @@ def emit(plan: KernelPlan, isa: Isa) -> str:
             head_dim=plan.head_dim,
             value_dim=plan.value_dim,
             element=ELEMENTS[plan.dtype],
-            arguments=arguments(plan),
+            arguments=arguments(plan, isa),
             operators=printer.helpers | {need for name in printer.helpers for need in _NEEDS.get(name, ())},
             poly=_POLYNOMIALS,
             grid=grid,

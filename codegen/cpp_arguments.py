@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from attnlang.ir import BOOL, FLOAT, Size
 
 from .cpp_printer import ELEMENTS, SCALARS
+from .isa import Isa
 from .plan import KernelPlan
 
 __all__ = ["Arguments", "Field", "arguments"]
@@ -47,7 +48,7 @@ def _operand(name: str, const: str = "const void *") -> list[Field]:
     return [Field(name, const, ("pointer", name)), *strides]
 
 
-def arguments(plan: KernelPlan) -> Arguments:
+def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
     """Return the argument record of ``plan``, in the order of the record."""
     fields = [*_operand("q"), *_operand("k"), *_operand("v")]
     fields += [Field("o", "void *", ("pointer", "o")), Field("lse", "float *", ("pointer", "lse"))]
@@ -58,6 +59,8 @@ def arguments(plan: KernelPlan) -> Arguments:
         fields += [Field(f"{run}_{what}", "const int *", ("runs", f"{run}_{what}")) for what in ("ptr", "runs")]
     fields.append(Field("order", "const int *", ("runs", "order")))
     fields += [Field(name, "int64", ("runs", name)) for name in ("map_batch", "map_heads")]
+    if isa is not None and isa.matrix:
+        fields.append(Field("space", "void *", ("pointer", "space")))
     local = []
     for name in plan.sizes:
         kind = SCALARS[plan.width(Size(name))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["COMMON_FLAGS", "ISAS", "Isa", "best_isa", "few_rows"]
+__all__ = ["AMX", "COMMON_FLAGS", "ISAS", "Isa", "best_isa", "few_rows"]
 
 COMMON_FLAGS = ("-O3", "-shared", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wno-psabi")
 """Flags of every kernel. Value-changing ones (-ffast-math) are never among them: kernels rely on NaN and infinity."""
@@ -22,7 +22,7 @@ class Isa:
     blocks, and is the query tile of the run map; ``tile`` is its key tile. ``chunk`` is the number of keys between two
     updates of the running maximum. ``maximum`` is the instruction for the larger of two vectors (the second where
     either is NaN) where compilers do not find it. ``needs`` are the processor features (as Linux names them) the
-    ``flags`` turn on.
+    ``flags`` turn on. With ``matrix`` the products run on a matrix unit for bfloat16, in blocks of 32 by 32.
     """
 
     name: str
@@ -35,11 +35,17 @@ class Isa:
     needs: frozenset[str] = frozenset()
     tile: int = 64
     maximum: str = ""
+    matrix: bool = False
 
     @property
     def rows(self) -> int:
         """Queries of a query block."""
         return self.lanes * self.vectors * self.blocks
+
+    @property
+    def blocks_template(self) -> str:
+        """The template of the products and of the online softmax."""
+        return "cpp_tiles.j2" if self.matrix else "cpp_blocks.j2"
 
 
 def _flags(*features: str) -> tuple[str, ...]:
@@ -73,6 +79,16 @@ ISAS: dict[str, Isa] = {
     )
 }
 """Known instruction sets, best first."""
+
+AMX = replace(
+    ISAS["avx512"],
+    name="amx",
+    chunk=128,
+    flags=(*ISAS["avx512"].flags, "-mamx-tile", "-mamx-bf16"),
+    needs=ISAS["avx512"].needs | {"amx_tile", "amx_bf16"},
+    matrix=True,
+)
+"""AVX-512 with a matrix unit; for bfloat16 only, and where there are enough queries to fill it."""
 
 
 def few_rows(isa: Isa) -> Isa:

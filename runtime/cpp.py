@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from attnlang.codegen.cpp import ENTRY, emit
+from attnlang.codegen.cpp import ENTRY, SPACE, emit
 from attnlang.codegen.cpp_arguments import Field, arguments
 from attnlang.codegen.cpp_printer import ELEMENTS
-from attnlang.codegen.isa import COMMON_FLAGS, ISAS, Isa, best_isa, few_rows
+from attnlang.codegen.isa import AMX, COMMON_FLAGS, ISAS, Isa, best_isa, few_rows
 from attnlang.codegen.plan import KernelPlan, make_plan
 
 from attnlang.ir import BOOL, INT, Program
@@ -26,13 +26,15 @@ from attnlang.passes.widths import NARROW_LIMIT
 from .cache import Cache
 from .call import Call
 from .errors import Unavailable
-from .toolchain import compile_library, find_compiler, processor_features
+from .toolchain import compile_library, find_compiler, matrix_registers, processor_features
 
 __all__ = ["Kernel", "forward", "select_isa"]
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MAX_DIM = 512
 LIBRARY = "kernel.so"
+THREAD_WORK = 1e6
+"""Multiplications a processor does in the time it takes to start and join a thread."""
 
 Tensor = torch.Tensor
 
@@ -48,7 +50,13 @@ class _Schedule:
     order: np.ndarray
     map_batch: int
     map_heads: int
+    work: float
     keep: Any
+
+    def threads(self, call: Call) -> int:
+        """Threads that a call has work for; starting one takes as long as THREAD_WORK multiplications."""
+        heads = call.q.shape[0] * call.q.shape[1] / (self.map_batch * self.map_heads)
+        return 1 + int(self.work * heads * (call.q.shape[3] + call.v.shape[3]) / THREAD_WORK)
 
     def value(self, name: str) -> int:
         field = getattr(self, name)
@@ -60,12 +68,17 @@ class Kernel:
 
     def __init__(self, plan: KernelPlan, isa: Isa, library: Path) -> None:
         self.plan, self.isa = plan, isa
-        fields = arguments(plan).fields
+        fields = arguments(plan, isa).fields
         self._pack = struct.Struct("=" + "".join(f.code for f in fields)).pack
         self._getters = tuple(map(_getter, fields))
-        self._entry = getattr(ctypes.CDLL(str(library)), ENTRY)
+        loaded = ctypes.CDLL(str(library))
+        self._entry = getattr(loaded, ENTRY)
         self._entry.argtypes = (ctypes.c_char_p, ctypes.c_int)
         self._entry.restype = None
+        self._space = getattr(loaded, SPACE) if isa.matrix else None
+        if self._space is not None:
+            self._space.argtypes = (ctypes.c_char_p,)
+            self._space.restype = ctypes.c_int64
 
     def __call__(self, call: Call, schedule: _Schedule, threads: int) -> tuple[Tensor, Tensor]:
         q, v = call.q, call.v
@@ -73,9 +86,14 @@ class Kernel:
         o = torch.empty((batch, heads, length, v.shape[3]), dtype=q.dtype)
         lse = torch.empty((batch, heads, length), dtype=torch.float32)
         tensors = {"q": q, "k": call.k, "v": v, "o": o, "lse": lse}
-        packed = self._pack(*(get(call, tensors, schedule) for get in self._getters))
-        self._entry(packed, threads)
+        if self._space is not None:
+            tensors["space"] = lse
+            tensors["space"] = torch.empty(self._space(self._arguments(call, tensors, schedule)), dtype=torch.uint8)
+        self._entry(self._arguments(call, tensors, schedule), min(threads, schedule.threads(call)))
         return o, lse
+
+    def _arguments(self, call: Call, tensors: Mapping[str, Tensor], schedule: _Schedule) -> bytes:
+        return self._pack(*(get(call, tensors, schedule) for get in self._getters))
 
 
 _Getter = Callable[[Call, Mapping[str, Tensor], _Schedule], Any]
@@ -139,9 +157,18 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         if o.numel() == 0 and q.shape[0] * q.shape[1] * q.shape[2] == 0:
             return o, torch.empty(q.shape[:3], dtype=torch.float32)
     isa = select_isa(q.shape[2])
+    if q.dtype is torch.bfloat16 and _use_matrix(q.shape[2]):
+        isa = AMX
     kernel = _kernel(call, isa)
     schedule = _schedule(call, isa)
     return kernel(call, schedule, torch.get_num_threads())
+
+
+def _use_matrix(rows: int) -> bool:
+    """Whether the matrix unit exists and has enough queries to pay for packing keys and values."""
+    if rows < AMX.rows or os.environ.get("ATTNLANG_ISA"):
+        return False
+    return processor_features() >= AMX.needs and matrix_registers()
 
 
 # kernels by what they depend on; programs are kept alive, so that an id is never reused
@@ -237,7 +264,8 @@ def _schedule(call: Call, isa: Isa) -> _Schedule:
     blocks = -(-call.q.shape[2] // isa.rows)
     cost = (full + PARTIAL_COST * part).reshape(-1, blocks)
     order = np.ascontiguousarray(np.argsort(-cost, axis=1, kind="stable").astype(np.int32))
-    made = _Schedule(arrays[0], arrays[1], arrays[2], arrays[3], order, runs.batch, runs.heads, runs)
+    work = float(cost.sum()) * isa.rows * isa.tile
+    made = _Schedule(arrays[0], arrays[1], arrays[2], arrays[3], order, runs.batch, runs.heads, work, runs)
     if len(_schedules) >= 64:
         _schedules.clear()
     _schedules[id(runs)] = made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -15,7 +16,7 @@ from attnlang.codegen.isa import COMMON_FLAGS
 
 from .errors import Unavailable
 
-__all__ = ["Compiler", "compile_library", "find_compiler", "processor_features"]
+__all__ = ["Compiler", "compile_library", "find_compiler", "matrix_registers", "processor_features"]
 
 TIMEOUT = 120.0
 """Seconds after which a compiler run is given up."""
@@ -84,3 +85,12 @@ def processor_features() -> frozenset[str]:
         return frozenset()
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found.group(1).split()) if found else frozenset()
+
+
+@functools.cache
+def matrix_registers() -> bool:
+    """Ask the kernel for the matrix registers of x86 (a process has to, once) and return whether it may use them."""
+    try:
+        return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0  # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
+    except (OSError, AttributeError):
+        return False

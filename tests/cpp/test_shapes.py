@@ -52,3 +52,15 @@ def test_head_dims(dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("heads", [(4, 1), (4, 2), (6, 3)])
 def test_grouped_queries(heads: tuple[int, int]) -> None:
     check(make_call(STRIPES, *qkv(65, 65, heads=heads[0], kv=heads[1])))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 64, 64), (130, 1, 32, 32), (65, 161, 24, 7), (200, 100, 33, 65), (70, 300, 256, 1)]
+)
+def test_bfloat16(name: str, shape: tuple[int, int, int, int]) -> None:
+    """Shapes around the blocks of a matrix unit, where the machine has one."""
+    lq, lk, d, dv = shape
+    q, k, v = (x.bfloat16() for x in qkv(lq, lk, d, dv, heads=4, kv=2))
+    check(make_call(PROGRAMS[name], q, k, v), 2e-2, 2e-2)
+    check(make_call(PROGRAMS[name], q, k, v, scale=-0.3, partial=True), 2e-2, 2e-2)
