@@ -2,6 +2,7 @@
 
 from .analyse import analyse
 from .classify import EMPTY, FULL, PARTIAL, classify_tile
+from .closed_form import ClosedForm, closed_form
 from .explain import Clause, Report, clause_report, explain
 from .runmap import LaunchTable, RunMap
 from .settle import settle, visible_pairs
@@ -11,12 +12,14 @@ __all__ = [
     "FULL",
     "PARTIAL",
     "Clause",
+    "ClosedForm",
     "LaunchTable",
     "Report",
     "RunMap",
     "analyse",
     "classify_tile",
     "clause_report",
+    "closed_form",
     "explain",
     "settle",
     "visible_pairs",

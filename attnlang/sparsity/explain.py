@@ -13,6 +13,7 @@ from attnlang.ir import INT, Expr, Op, Program, format_expr
 
 from .analyse import analyse
 from .classify import numbers
+from .closed_form import ClosedForm, closed_form
 from .runmap import RunMap
 from .settle import partial_tiles, visible_pairs
 
@@ -49,6 +50,7 @@ class Report:
     efficiency: float
     exact: bool
     computed_pairs: int
+    form: ClosedForm | None
     advice: tuple[str, ...]
 
     def flops(self, head_dim: int) -> int:
@@ -73,6 +75,13 @@ class Report:
         if len(self.clauses) > 1:
             lines.append(f"  clauses joined by '{self.connective}':           empty      partial         full")
             lines += [f"    {_cut(c.text, 38):<38}{c.empty:>12,} {c.partial:>12,} {c.full:>12,}" for c in self.clauses]
+        if self.form is not None:
+            low, high = (format_expr(x) for x in (self.form.touched_lo, self.form.touched_hi))
+            full_low, full_high = (format_expr(x) for x in (self.form.full_lo, self.form.full_hi))
+            lines.append(
+                f"  closed form: rows q_first..q_last see keys from {_cut(low, WIDTH)} up to {_cut(high, WIDTH)}"
+            )
+            lines.append(f"    and all of them from {_cut(full_low, WIDTH)} up to {_cut(full_high, WIDTH)}")
         lines += [f"  advice: {text}" for text in self.advice]
         return "\n".join(lines)
 
@@ -199,5 +208,8 @@ def explain(
     if runs.always_empty and min(runs.sizes) > 0:
         advice.append("no query can see any key: the mask contradicts itself at these lengths")
     report = clause_report(program, sizes, params, tensors, tile) if len(clauses) > 1 else ()
+    form = closed_form(program)
     computed = (partial + full) * tile[0] * tile[1] * copies
-    return Report(program.name, runs, batch, heads, connective, report, efficiency, exact, computed, tuple(advice))
+    return Report(
+        program.name, runs, batch, heads, connective, report, efficiency, exact, computed, form, tuple(advice)
+    )

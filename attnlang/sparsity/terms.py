@@ -348,6 +348,8 @@ class Terms:
             case Index(axis=axis):
                 return self._single(self.axes[axis])
             case Size(name=name):
+                if name not in self.sizes:
+                    raise UsageError(f"size {name!r} has no value; give it one to analyse the mask")
                 return self._number(self.sizes[name], INT)
             case Param(name=name, type=type_):
                 if name not in self.params:
