@@ -13,6 +13,7 @@ from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch
 from attnlang.runtime.bind import Binder, Bound, suggest
 from attnlang.runtime.call import Call
+from attnlang.runtime.opaque import opaque
 from attnlang.runtime.runs import run_maps
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Attention:
         self._defaults = {n: v for n, v in self._defaults.items() if n not in static}
         self._binder = Binder(self.program)
 
+    @opaque
     def __call__(
         self,
         q: Tensor,

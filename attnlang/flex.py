@@ -22,6 +22,7 @@ from attnlang.ir.build import h as axis_h
 from attnlang.ir.build import k as axis_k
 from attnlang.ir.build import q as axis_q
 from attnlang.runtime import dispatch, eager
+from attnlang.runtime.opaque import opaque
 from attnlang.tracing import trace
 
 from . import api
@@ -168,6 +169,7 @@ def _restricted(program: Program, kinds: Tensor, block_size: tuple[int, int]) ->
 # --- block masks
 
 
+@opaque
 def create_block_mask(
     mask_mod: Mod,
     B: int | None,
@@ -273,6 +275,7 @@ class _Points:
         return seen.any(2).any(1).numpy(force=True), seen.all(2).all(1).numpy(force=True)
 
 
+@opaque
 def create_mask(mod_fn: Mod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int, device: Any = None) -> Tensor:
     """Return the dense mask of a mask or score function, bool [B, H, Q_LEN, KV_LEN].
 
@@ -308,6 +311,7 @@ def create_mask(mod_fn: Mod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: i
 # --- attention
 
 
+@opaque
 def flex_attention(
     query: Tensor,
     key: Tensor,
