@@ -152,11 +152,16 @@ def _traced(
     return traced.program, {**traced.tensors, **traced.scalars}
 
 
-def _restricted(program: Program, kinds: Tensor, block_size: tuple[int, int]) -> Program:
-    """Restrict the mask of ``program`` to a block structure; FULL blocks do not ask the mask."""
-    batch = axis_b if kinds.shape[0] > 1 else Const(0, INT)
-    head = axis_h if kinds.shape[1] > 1 else Const(0, INT)
-    where = (batch, head, op("floordiv", axis_q, block_size[0]), op("floordiv", axis_k, block_size[1]))
+def _restricted(program: Program, kinds: Tensor, block_size: tuple[int, int], batch: int, heads: int) -> Program:
+    """Restrict the mask of ``program`` to a block structure; FULL blocks do not ask the mask.
+
+    A structure of fewer batch elements or heads than the query repeats, as in PyTorch's kernels.
+    """
+    outer = [
+        axis if have == want else Const(0, INT) if have == 1 else op("mod", axis, have)
+        for axis, have, want in zip((axis_b, axis_h), kinds.shape, (batch, heads), strict=False)
+    ]
+    where = (*outer, op("floordiv", axis_q, block_size[0]), op("floordiv", axis_k, block_size[1]))
     kind = Load(KINDS, where, INT)
     mask = program.mask
     seen = any_of(op("eq", kind, FULL), all_of(op("eq", kind, PARTIAL), mask)) if mask is not TRUE else None
@@ -342,7 +347,7 @@ def flex_attention(
     mask, kinds = _mask_of(block_mask, query, key)
     program, values = _traced(mask, score_mod, query.device, eager.compute_dtype(query.dtype))
     if kinds is not None:
-        program = _restricted(program, kinds, block_mask.BLOCK_SIZE)
+        program = _restricted(program, kinds, block_mask.BLOCK_SIZE, query.shape[0], query.shape[1])
         values[KINDS] = kinds.to(query.device)
     attention = _attention(program)
     bound = attention._binder.bind(query, key, value, values, None, scale)

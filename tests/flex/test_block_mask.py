@@ -135,7 +135,7 @@ def dense(q, k, v, mask):
 
 
 @pytest.mark.parametrize("make", [al.BlockMask.from_kv_blocks, peer.pytorch.BlockMask.from_kv_blocks])
-@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (B, 1), (1, H), (B, H)])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (B, 1), (1, H), (B, H), (1, 2)])
 def test_block_lists_restrict_the_function(make, batch, heads):
     """A pair is visible where its block is full, or partial and the function says so."""
     generator = torch.Generator().manual_seed(batch * 10 + heads)
@@ -144,7 +144,7 @@ def test_block_lists_restrict_the_function(make, batch, heads):
     assert torch.equal(mask.to_dense().bool(), kinds > 0)
     q, k, v = peer.operands()
     i, j = torch.arange(Q)[:, None], torch.arange(K)
-    kind = kinds.expand(B, H, 5, 5)[:, :, i // 32, j // 32]
+    kind = kinds.repeat(B // batch, H // heads, 1, 1)[:, :, i // 32, j // 32]
     want = dense(q, k, v, (kind == 2) | ((kind == 1) & (i >= j)))
     torch.testing.assert_close(al.flex_attention(q, k, v, block_mask=mask), want, atol=1e-5, rtol=1e-5)
 
@@ -173,7 +173,7 @@ def test_block_lists_are_seen_by_the_analysis():
     kinds = torch.eye(8, dtype=torch.int64)[None, None] * 2
     mask = al.BlockMask.from_kv_blocks(*lists(kinds), BLOCK_SIZE=128)
     program, values = flex._traced(None, None)
-    program = flex._restricted(program, mask.kinds(), (128, 128))
+    program = flex._restricted(program, mask.kinds(), (128, 128), 1, 1)
     run_map = al.compile(program).run_map(1, 1, 1024, 1024, **{**values, flex.KINDS: mask.kinds()})
     assert run_map.counts() == (56, 0, 8)
 
