@@ -62,6 +62,8 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/cpu_forward.py
 	$(BIN)/python benchmarks/first_call.py
+	$(BIN)/python benchmarks/sparsity.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/report.py
 

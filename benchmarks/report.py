@@ -1,65 +1,109 @@
-"""Rewrites the tables of README.md from benchmarks/results/*.json, between its ``<!-- results -->`` marks."""
+"""Rewrites the tables of README.md from benchmarks/results/*.json, between its ``<!-- results -->`` marks.
+
+A benchmark without an entry in ``TABLES`` is shown as it is, one column a field.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+LONGEST = 16
+"""Rows of a benchmark without a table of its own that are still shown."""
 
-TITLES = {
-    "cpu_forward": "CPU, forward, N = 4096, H = 8, D = 64: milliseconds a call, all in one run",
-    "gpu": "GPU: milliseconds a call, all in one run",
-    "first_call": "First call of a new process",
-    "memory": "Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32",
-}
+Rows: TypeAlias = list[dict[str, Any]]
 
 
-def comparison(rows: list[dict[str, Any]]) -> list[str]:
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table; the first column is text, the others are numbers."""
+    headings = list(headings)
+    rule = "|---|" + "---:|" * (len(headings) - 1)
+    return ["| " + " | ".join(headings) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def comparison(rows: Rows) -> list[str]:
     """One line a case: our time, each peer's time and how many times attnlang is as fast."""
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    lines = ["| case | dtype | " + " | ".join(f"`{n}`" for n in names) + " |", "|---|---|" + "---:|" * len(names)]
+    lines = []
     for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
-        cells = []
-        for name in names:
-            found = [r for r in rows if (r["case"], r["dtype"], r["implementation"]) == (case, dtype, name)]
-            cells.append(_cell(found[0], name == names[0]) if found else "")
-        lines.append(f"| {case} | {dtype} | " + " | ".join(cells) + " |")
-    return lines
+        found = {r["implementation"]: r for r in rows if (r["case"], r["dtype"]) == (case, dtype)}
+        lines.append([f"{case}, {dtype}", *(_cell(found.get(name), name == names[0]) for name in names)])
+    return table(["case", *(f"`{n}`" for n in names)], lines)
 
 
-def _cell(row: dict[str, Any], ours: bool) -> str:
-    if row["ms"] is None:
-        return str(row.get("note") or "-")
+def _cell(row: dict[str, Any] | None, ours: bool) -> str:
+    if row is None or row["ms"] is None:
+        return str((row or {}).get("note") or "-")
     rate = f" ({row['gflops']:.0f} GFLOP/s)" if row.get("gflops") else ""
     return f"{row['ms']:.1f}{rate}" if ours else f"{row['ms']:.1f} ({row['ratio']:.1f}x)"
 
 
-def plain(rows: list[dict[str, Any]]) -> list[str]:
-    """Any other list of records, one column a key."""
+def plain(rows: Rows) -> list[str]:
+    """A list of records as it is, one column a field."""
     keys = [k for k in rows[0] if not isinstance(rows[0][k], dict | list) and k not in ("checksum", "torch")]
-    lines = ["| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|" + "---:|" * len(keys)]
-    for row in rows:
-        cells = (f"{row.get(k):.4g}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in keys)
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return table([k.replace("_", " ") for k in keys], [[number(row.get(k, "")) for k in keys] for row in rows])
+
+
+def sparsity(rows: Rows) -> list[str]:
+    """What finding the block structure costs: at a million tokens, and beside PyTorch's create_block_mask."""
+    large = [r for r in rows if r["table"] == "million"]
+    lines = table(
+        ["mask, 1,048,576 tokens", "ms", "peak MiB", "runs"],
+        [[r["case"], f"{r['ms']:.1f}", f"{r['mib']:.1f}", f"{r['runs']:,}"] for r in large],
+    )
+    beside = [r for r in rows if r["table"] == "peers"]
+    names = list(dict.fromkeys(r["implementation"] for r in beside))
+    cells = []
+    for case, length in dict.fromkeys((r["case"], r["length"]) for r in beside):
+        found = {r["implementation"]: r for r in beside if (r["case"], r["length"]) == (case, length)}
+        shown = [f"{found[n]['ms']:.1f} ms, {found[n]['mib']:.0f} MiB" if n in found else "-" for n in names]
+        cells.append([f"{case}, {length:,} tokens", *shown])
+    return [*lines, "", *table(["mask", *(f"`{n}`" for n in names)], cells)] if beside else lines
+
+
+def resources(rows: Rows) -> list[str]:
+    """What the GPU kernels of the library need, at most, for each target and head dimension."""
+    lines = []
+    for target, dim in dict.fromkeys((r["target"], r["head_dim"]) for r in rows):
+        found = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim)]
+        built = [r for r in found if "error" not in r]
+        spill = sum(1 for r in built if r["spill_bytes"])
+        most = [str(max((r[k] for r in built), default=0)) for k in ("registers", "spill_bytes", "shared_bytes")]
+        lines.append([f"{target}, D = {dim}", f"{len(built)} of {len(found)}", most[0], str(spill), *most[1:]])
+    return table(["target", "compile", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+    "cpu_forward": ("Forward on the CPU, N = 4096, H = 8, D = 64: milliseconds a call", comparison),
+    "gpu": ("Forward on a GPU: milliseconds a call", comparison),
+    "first_call": ("The first call of a new process", plain),
+    "sparsity": ("Finding the block structure of a mask", sparsity),
+    "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", plain),
+    "gpu_resources": ("Kernels compiled for GPUs that need not be here, all library programs", resources),
+}
 
 
 def section(path: Path) -> list[str]:
+    """The lines of one results file, none if there is nothing to show."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    rows = content.get("rows") or []
-    if not rows:
+    rows, where = (content, "") if isinstance(content, list) else (content.get("rows") or [], content.get("machine"))
+    if not rows or (path.stem not in TABLES and len(rows) > LONGEST):
         return []
-    where = content.get("machine", "")
     if isinstance(where, dict):
         where = ", ".join(f"{name} {value}" for name, value in where.items())
-    table = comparison(rows) if "implementation" in rows[0] and "case" in rows[0] else plain(rows)
-    title = TITLES.get(path.stem, path.stem.replace("_", " "))
-    return [f"**{title}**", "", *table, "", f"Measured by `benchmarks/{path.stem}.py` on: {where}.", ""]
+    title, render = TABLES.get(path.stem, (path.stem.replace("_", " "), plain))
+    place = f" on: {where}" if where else ""
+    return [f"**{title}**", "", *render(rows), "", f"Measured by `benchmarks/{path.stem}.py`{place}.", ""]
 
 
 def main() -> int:
@@ -68,7 +112,7 @@ def main() -> int:
     if BEGIN not in text or END not in text:
         print("README.md has no marked section for results", file=sys.stderr)
         return 1
-    order = {name: i for i, name in enumerate(TITLES)}
+    order = {name: i for i, name in enumerate(TABLES)}
     paths = sorted(RESULTS.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
     lines = [line for path in paths for line in section(path)] or ["No results yet: `make bench` measures.", ""]
     head, rest = text.split(BEGIN, 1)

@@ -83,9 +83,21 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     ]
     (tmp_path / "results/cpu_forward.json").write_text(json.dumps({"machine": {"threads": "2"}, "rows": rows}))
     (tmp_path / "results/memory.json").write_text(json.dumps({"machine": "m", "rows": [{"length": 4, "peak": 1.5}]}))
+    kernel = {"program": "causal", "target": "cuda:90", "head_dim": 64, "shared_bytes": 1024}
+    built = [{**kernel, "registers": 168, "spill_bytes": 0}, {**kernel, "registers": 255, "spill_bytes": 8}]
+    failed = {**kernel, "target": "cuda:80", "error": "no"}
+    (tmp_path / "results/gpu_resources.json").write_text(json.dumps([*built, failed]))
+    tile = {"table": "million", "case": "causal", "implementation": "attnlang", "length": 1 << 20, "ms": 2.5}
+    million = {**tile, "mib": 1.0, "runs": 16384}
+    peer = {**million, "table": "peers", "length": 4096, "implementation": "create_block_mask", "ms": 50.0}
+    (tmp_path / "results/sparsity.json").write_text(json.dumps({"machine": {}, "rows": [million, peer]}))
     assert report.main() == 0
     text = (tmp_path / "README.md").read_text()
-    assert "| causal | float32 | 10.0 (300 GFLOP/s) | 25.0 (2.5x) | cannot express it |" in text
+    assert "| causal, float32 | 10.0 (300 GFLOP/s) | 25.0 (2.5x) | cannot express it |" in text
     assert "| 4 | 1.5 |" in text
+    assert "| cuda:90, D = 64 | 2 of 2 | 255 | 1 | 8 | 1024 |" in text
+    assert "| cuda:80, D = 64 | 0 of 1 | 0 | 0 | 0 | 0 |" in text
+    assert "| causal | 2.5 | 1.0 | 16,384 |" in text
+    assert "| causal, 4,096 tokens | 50.0 ms, 1 MiB |" in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "old" not in text
