@@ -91,9 +91,19 @@ AMX = replace(
 """AVX-512 with a matrix unit; for bfloat16 only, and where there are enough queries to fill it."""
 
 
-def few_rows(isa: Isa) -> Isa:
-    """The variant of ``isa`` for few queries: one vector of them, and more keys in a register block instead."""
-    return replace(isa, name=f"{isa.name}-rows{isa.lanes}", vectors=1, blocks=1, keys=2 * isa.keys)
+def few_rows(isa: Isa, rows: int = 1) -> Isa:
+    """The variant of ``isa`` for at most ``rows`` queries: fewer vectors of them, more keys in a register block.
+
+    The number of vectors is a power of two, so that few variants are ever built.
+    """
+    vectors = 1 << (-(-rows // isa.lanes) - 1).bit_length()
+    if vectors >= isa.vectors * isa.blocks:
+        return isa
+    name = f"{isa.name}-rows{isa.lanes * vectors}"
+    if vectors >= isa.vectors:
+        return replace(isa, name=name, blocks=vectors // isa.vectors)
+    keys = min(isa.keys * isa.vectors // vectors, 2 * isa.keys)
+    return replace(isa, name=name, vectors=vectors, blocks=1, keys=keys, chunk=min(isa.chunk, 48))
 
 
 def best_isa(features: frozenset[str]) -> Isa:

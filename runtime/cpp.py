@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import struct
@@ -32,6 +33,7 @@ __all__ = ["Kernel", "forward", "select_isa"]
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MAX_DIM = 512
+MOST_ROWS = max(isa.rows for isa in ISAS.values())
 LIBRARY = "kernel.so"
 THREAD_WORK = 1e6
 """Multiplications a processor does in the time it takes to start and join a thread."""
@@ -134,13 +136,17 @@ def _getter(field: Field) -> _Getter:
 
 def select_isa(rows: int) -> Isa:
     """Return the instruction set for a call of ``rows`` queries; ``ATTNLANG_ISA`` names one to use instead."""
-    chosen = os.environ.get("ATTNLANG_ISA", "")
+    return _isa(os.environ.get("ATTNLANG_ISA", ""), min(rows, MOST_ROWS))
+
+
+@functools.lru_cache(maxsize=256)
+def _isa(chosen: str, rows: int) -> Isa:
     if chosen and chosen not in ISAS:
         raise Unavailable(f"ATTNLANG_ISA={chosen!r} is not one of {', '.join(ISAS)}")
     isa = ISAS[chosen] if chosen else best_isa(processor_features())
     if not isa.needs <= processor_features():
         raise Unavailable(f"this processor lacks {', '.join(sorted(isa.needs - processor_features()))}")
-    return few_rows(isa) if rows <= isa.lanes else isa
+    return few_rows(isa, rows)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

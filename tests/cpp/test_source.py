@@ -58,11 +58,20 @@ def test_compiles_without_warnings(name: str, wide: bool, tmp_path: Path) -> Non
         assert run.returncode == 0 and not run.stderr, run.stderr[:2000]
 
 
+def test_variants_for_few_rows() -> None:
+    for isa in ISAS.values():
+        for rows in range(1, 200):
+            variant = few_rows(isa, rows)
+            assert variant.rows >= min(rows, isa.rows) and variant.rows <= isa.rows
+            assert variant is isa or variant.rows < 2 * rows or variant.rows == isa.lanes
+        assert len({few_rows(isa, rows) for rows in range(1, 200)}) <= 5
+
+
 def runnable() -> list[str]:
     return [isa.name for isa in ISAS.values() if isa.needs <= processor_features()]
 
 
-@pytest.mark.parametrize("lengths", [(130, 150), (3, 150)])
+@pytest.mark.parametrize("lengths", [(130, 150), (3, 150), (20, 150)])
 @pytest.mark.parametrize("name", runnable())
 def test_every_instruction_set_agrees(name: str, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNLANG_ISA", name)
