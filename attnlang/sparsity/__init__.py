@@ -4,6 +4,7 @@ from .analyse import analyse
 from .classify import EMPTY, FULL, PARTIAL, classify_tile
 from .closed_form import ClosedForm, closed_form
 from .explain import Clause, Report, clause_report, explain
+from .layout import Layout, Proposal, propose_layouts
 from .runmap import LaunchTable, RunMap
 from .settle import settle, visible_pairs
 
@@ -14,6 +15,8 @@ __all__ = [
     "Clause",
     "ClosedForm",
     "LaunchTable",
+    "Layout",
+    "Proposal",
     "Report",
     "RunMap",
     "analyse",
@@ -21,6 +24,7 @@ __all__ = [
     "clause_report",
     "closed_form",
     "explain",
+    "propose_layouts",
     "settle",
     "visible_pairs",
 ]

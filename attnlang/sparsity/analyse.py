@@ -33,12 +33,15 @@ def analyse(
     params: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     tile: tuple[int, int] = (128, 128),
+    *,
+    precise: bool = True,
 ) -> RunMap:
     """Prove for every tile that it is empty, that it is full, or leave it partial.
 
     ``sizes`` needs Lq and Lk, B and H if the mask depends on them, and every symbolic size the mask reads. ``params``
     are numbers or 0-d tensors; defaults of the program apply. Time and memory follow the boundary of the mask and the
-    elements of the captured tensors, never Lq * Lk.
+    elements of the captured tensors, never Lq * Lk. Without ``precise``, tiles that are undecided as a whole are not
+    cut any further; that saves milliseconds on small maps and may leave more tiles partial.
 
     Raises:
         UsageError: something the mask reads has no value, or a size or tile is out of range.
@@ -47,4 +50,5 @@ def analyse(
     classifier = Classifier(program.mask, sizes, numbers(params or {}, program), prepare(program, tensors or {}), tile)
     batch = sizes.get("B", 1) if classifier.reads_axis("b") else 1
     heads = sizes.get("H", 1) if classifier.reads_axis("h") else 1
-    return refine(classifier, descend(classifier, tile, (sizes["Lq"], sizes["Lk"]), batch, heads))
+    runs = descend(classifier, tile, (sizes["Lq"], sizes["Lk"]), batch, heads)
+    return refine(classifier, runs) if precise else runs

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnlang.ir import INT, Expr, Op, Program, format_expr
+from attnlang.ir import INT, Expr, Op, Program, UsageError, format_expr
 
 from .analyse import analyse
 from .classify import numbers
 from .closed_form import ClosedForm, closed_form
+from .layout import propose_layouts
 from .runmap import RunMap
 from .settle import partial_tiles, visible_pairs
 
 __all__ = ["Clause", "Report", "clause_report", "explain"]
 
+GRID_TILES = 1 << 20  # tiles up to which other orders of tokens are tried
 SAMPLE = 256  # partial tiles evaluated to estimate tile efficiency
 WIDTH = 88
 
@@ -186,6 +188,28 @@ def _round_parameters(
     return advice
 
 
+def _order_tokens(
+    program: Program,
+    runs: RunMap,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Any] | None,
+    tensors: Mapping[str, torch.Tensor] | None,
+    efficiency: float,
+) -> list[str]:
+    """The best order of tokens for a mask over a grid, where it saves a fifth of the tiles or more."""
+    if not program.grids or efficiency > 0.8 or runs.nq * runs.nk > GRID_TILES or runs.always_empty:
+        return []
+    try:
+        best = propose_layouts(program, sizes, params, tensors, runs.tile, limit=1)
+    except UsageError:  # the lengths are not those of the grid
+        return []
+    return [
+        f"tokens in {p.layout.name} raise tile efficiency from {efficiency:.2f} to {efficiency * p.gain:.2f}"
+        for p in best
+        if p.gain > 1.2
+    ]
+
+
 def explain(
     program: Program,
     sizes: Mapping[str, int],
@@ -205,6 +229,7 @@ def explain(
     batch, heads = sizes.get("B", 1), sizes.get("H", 1)
     copies = (batch if runs.batch == 1 else 1) * (heads if runs.heads == 1 else 1)
     advice = _round_parameters(program, runs, sizes, params or {}, tensors)
+    advice += _order_tokens(program, runs, sizes, params, tensors, efficiency)
     if runs.always_empty and min(runs.sizes) > 0:
         advice.append("no query can see any key: the mask contradicts itself at these lengths")
     report = clause_report(program, sizes, params, tensors, tile) if len(clauses) > 1 else ()

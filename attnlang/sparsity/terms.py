@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Load, Op, Param, Scalar, Size, Type, UsageError, postorder
-from attnlang.passes.intervals import INF, Interval, Python, Truth
+from attnlang.passes.intervals import INF, NARROW_LIMIT, Interval, Python, Truth
 
 from .captured import Captured
 from .domain import apply
@@ -187,6 +187,14 @@ class Terms:
         whole = Linear(a.const // c, tuple((r, f // c) for r, f in a.terms if f % c == 0))
         rest = Linear(a.const % c, tuple((r, f) for r, f in a.terms if f % c))
         m, r = self.step(rest)
+        known = self.value(rest)
+        if known.lo // c == known.hi // c:  # one quotient over the whole problem
+            if op == "mod":
+                return Linear(rest.const - known.lo // c * c, rest.terms)
+            return Linear(whole.const + known.lo // c, whole.terms)
+        inner = self._inner(op, rest, c)
+        if inner is not None:
+            rest, c = inner
         if op == "mod":
             g = math.gcd(m, c)
             if g == c:
@@ -200,6 +208,21 @@ class Terms:
         quotient = self._single(self._make("floordiv", (rest, Linear(c)), INT))
         out = self._combine(quotient, whole, 1)
         return out if out is not None else self._single(self._make(op, (a, Linear(c)), INT))
+
+    def _inner(self, op: str, form: Linear, c: int) -> tuple[Linear, int] | None:
+        """Merge a division into the one below it: ``x // a // c`` and ``x % (n * c) % c``."""
+        if form.const or len(form.terms) != 1 or form.terms[0][1] != 1:
+            return None
+        node = self.nodes[form.terms[0][0]]
+        if node.op != op:
+            return None
+        below, divisor = node.args
+        assert isinstance(below, Linear) and isinstance(divisor, Linear)
+        if divisor.terms or divisor.const <= 0 or not _bounded(self.value(below)):
+            return None
+        if op == "floordiv":
+            return (below, divisor.const * c) if divisor.const * c < NARROW_LIMIT else None
+        return (below, c) if divisor.const % c == 0 else None
 
     def _saturated(self, form: Linear, c: int) -> bool:
         """Whether ``form % c`` takes its whole range in every full tile, so that smaller tiles tell no more."""
