@@ -44,11 +44,16 @@ LITTLE_SPACE = 4 << 20
 """A build that fails with less free space than this, in bytes, is taken to have failed for want of space."""
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}\Z")
-_UNWRITABLE = {
-    getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EEXIST", "EIO", "ENOENT", "ENAMETOOLONG")
-    if hasattr(errno, name)
-}
+
+
+def _codes(*names: str) -> frozenset[int]:
+    return frozenset(getattr(errno, name) for name in names if hasattr(errno, name))
+
+
+_NO_ROOM = _codes("ENOSPC", "EDQUOT", "EROFS", "EIO")
+"""Errors of a builder that another directory may cure."""
+_UNWRITABLE = _NO_ROOM | _codes("EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENOENT", "ENAMETOOLONG")
+"""Errors of our own work in the cache directory that mean it cannot be used."""
 
 Build = Callable[[Path], None]
 Check = Callable[[Path], bool]
@@ -108,10 +113,19 @@ class Cache:
             Exception: whatever ``build`` raises; nothing of a failed build stays in the cache.
         """
         name = key if _SAFE_KEY.match(key) else hashlib.sha256(key.encode()).hexdigest()
+        builder_failed: list[Exception] = []
+
+        def watched(path: Path) -> None:
+            try:
+                build(path)
+            except Exception as error:
+                builder_failed.append(error)
+                raise
+
         try:
-            return self._get_or_build(self.root, name, filename, build, valid)
+            return self._get_or_build(self.root, name, filename, watched, valid)
         except Exception as error:
-            reason = _unwritable(error, self.root)
+            reason = _unwritable(error, self.root, _NO_ROOM if builder_failed else _UNWRITABLE)
             if reason is None:
                 raise
             _warn_once(self.root, reason)
@@ -130,11 +144,11 @@ class Cache:
             return _build_entry(entry, filename, build, valid)
 
 
-def _unwritable(error: Exception, root: Path) -> str | None:
+def _unwritable(error: Exception, root: Path, codes: frozenset[int]) -> str | None:
     """Why ``root`` cannot be used, or None when ``error`` has nothing to do with it."""
     if isinstance(error, OSError):
         inside = error.filename is None or str(error.filename).startswith(str(root))
-        if error.errno in _UNWRITABLE and inside:
+        if error.errno in codes and inside:
             return error.strerror or type(error).__name__
     try:
         full = shutil.disk_usage(root).free < LITTLE_SPACE

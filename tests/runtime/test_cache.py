@@ -119,6 +119,8 @@ def test_an_error_of_the_builder_is_not_taken_for_an_unwritable_cache(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="compiler"):
         Cache(tmp_path).get_or_build("key", "f", build)
+    with pytest.raises(FileNotFoundError):
+        Cache(tmp_path).get_or_build("key", "f", lambda path: (path / "not a folder").write_text(""))
 
 
 def test_threads_build_once(tmp_path):
