@@ -158,6 +158,26 @@ class Captured:
         low, high = self._extremes(axis)
         return self._pack(low.query(row, lo, hi), high.query(row, lo, hi))
 
+    def all_mixed(self, ranges: Ranges, axis: int, side: int) -> np.ndarray | None:
+        """For flags: whether every aligned stretch of ``side`` elements that a box touches along ``axis`` holds both.
+
+        Then no part of the box of that size is decided either. None for tensors that are not flags.
+        """
+        if self.type is not BOOL or self.shape[axis] < side:
+            return None
+
+        def make() -> np.ndarray:
+            v = self._along(self.values, axis)
+            parts = np.pad(v, ((0, 0), (0, -v.shape[1] % side)), mode="edge").reshape(v.shape[0], -1, side)
+            out = np.zeros((v.shape[0], parts.shape[1] + 1), np.int32)
+            np.cumsum(parts.all(2) | ~parts.any(2), axis=1, out=out[:, 1:])
+            return out
+
+        plain = self._memo(("mixed", axis, side), make)
+        clamped = [self._clamp(r, n) for r, n in zip(ranges, self.shape, strict=True)]
+        row, (lo, hi) = self._row(clamped, axis), clamped[axis]
+        return plain[row, hi // side + 1] == plain[row, lo // side]
+
     def _memo(self, key: tuple[Any, ...], make: Any) -> Any:
         if key not in self._lines:
             self._lines[key] = make()

@@ -148,6 +148,22 @@ class Classifier:
         true, false = values[self.root]
         return Truth(np.broadcast_to(true, (count,)), np.broadcast_to(false, (count,)))
 
+    def _load_wish(self, node: Node, values: Mapping[int, Any]) -> Any:
+        """Where flags are read at q or k itself and every tile of the box mixes them, smaller boxes tell no more."""
+        axes = [d for d, a in enumerate(node.args) if isinstance(a, Linear) and self._moves(a)]
+        if len(axes) != 1:
+            return node.varies
+        form = node.args[axes[0]]
+        for axis, bit, side in (("q", 4, self.terms.tile[0]), ("k", 8, self.terms.tile[1])):
+            if form == Linear(0, ((self.terms.axes[axis], 1),)):
+                ranges = [self._form(a, values) for a in node.args if isinstance(a, Linear)]
+                mixed = self.terms.tensors[node.data].all_mixed(ranges, axes[0], side)
+                return node.varies if mixed is None else np.where(mixed, node.varies & ~bit, node.varies)
+        return node.varies
+
+    def _moves(self, form: Linear) -> bool:
+        return any(self.nodes[ref].reads & 12 for ref, _ in form.terms)
+
     def wishes(self, values: Mapping[int, Any], count: int) -> np.ndarray:
         """Return for each undecided box the axes along which smaller boxes may be decided (4: q, 8: k)."""
         out: dict[int, Any] = {}
@@ -156,7 +172,9 @@ class Classifier:
             if node.type is not BOOL:
                 continue
             parts = [a for a in node.args if not isinstance(a, Linear) and self.nodes[a].type is BOOL]
-            if not parts or node.op == "load":
+            if node.op == "load":
+                out[ref] = self._load_wish(node, values)
+            elif not parts:
                 out[ref] = node.varies
             elif all(isinstance(out[p], int) for p in parts) and len({out[p] for p in parts}) == 1:
                 out[ref] = out[parts[0]]
