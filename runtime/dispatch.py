@@ -12,7 +12,7 @@ import torch
 
 from attnlang.ir import UsageError
 
-from . import autograd
+from . import autograd, eager
 from .bind import suggest
 from .call import Call
 from .errors import Unavailable
@@ -81,12 +81,21 @@ def _choose(call: Call) -> str:
     return _OF_DEVICE.get(call.q.device.type, "eager")
 
 
+def _batched(call: Call) -> bool:
+    """Whether an operand is a batch in the sense of vmap, which has no memory a kernel could read."""
+    return any(map(torch._C._functorch.is_batchedtensor, (call.q, call.k, call.v)))
+
+
 def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Return o [B, H, Lq, Dv] and lse [B, H, Lq], recorded by autograd where it has to be.
 
     Raises:
         Unavailable: ``backend`` was named and cannot run this call.
     """
+    if _batched(call):
+        if backend not in (None, "eager"):
+            raise Unavailable(f"{backend} kernels cannot run under vmap")
+        return eager.forward(call)  # differentiable by itself
     chosen = backend or _choose(call)
     forward = _forward(chosen) if backend or chosen == "eager" else functools.partial(_with_fallback, chosen)
     if autograd.wants_gradients(call):
