@@ -1,8 +1,9 @@
 """Symbolic derivatives of a float expression, in reverse mode over the shared graph.
 
 The derivative expressions reuse nodes of the expression itself (``tanh`` appears in its own derivative), so a kernel
-that computes both computes shared parts once. Where a function has no derivative the convention is PyTorch's: ``abs`` and
-``sign`` give 0 at 0, ties of ``min`` and ``max`` split evenly, rounding gives 0, integers and comparisons pass nothing.
+that computes both computes shared parts once. Where a function has no derivative the convention is PyTorch's: ``abs``
+and ``sign`` give 0 at 0, ties of ``min`` and ``max`` split evenly, rounding gives 0, integers and comparisons pass
+nothing.
 """
 
 from __future__ import annotations
