@@ -26,7 +26,7 @@ def both(mask=causal, **kwargs):
 
 
 def test_nothing_is_computed_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(flex, "_exact_kinds", None)
+    monkeypatch.setattr(flex, "exact_kinds", None)
     mask = al.create_block_mask(causal, 1, 1, 1 << 20, 1 << 20)
     assert mask.shape == (1, 1, 1 << 20, 1 << 20) and mask.BLOCK_SIZE == (128, 128)
     assert "mask_mod=causal" in repr(mask)
