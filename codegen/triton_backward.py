@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,28 @@ from attnlang.passes.levels import Level
 
 from .plan import CapturedGrad, KernelPlan, Section, Value
 from .scatter import scatter_of
-from .triton import Config, _comment, _mask_text, _program_lines, _scalar, _wrapped, padded
+from .triton import LINE, Config, _comment, _mask_text, _program_lines, _scalar, _wrapped, padded
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, safe_name
 
-__all__ = ["KEYS", "QUERIES", "BackwardArguments", "backward_arguments", "emit_keys", "emit_queries", "kernel_name"]
+__all__ = [
+    "KEYS",
+    "QUERIES",
+    "BackwardArguments",
+    "backward_arguments",
+    "emit_keys",
+    "emit_queries",
+    "has_diagonals",
+    "kernel_name",
+]
 
 QUERIES, KEYS = "queries", "keys"
 
 _OWN_NAMES = """
-at attention_backward_keys attention_backward_queries base delta delta_ptr dk dk_base dk_offsets dk_ptr dlogit dlse
-dlse_ptr do do_base do_offsets do_ptr dp dq dq_base dq_offsets dq_ptr ds dv dv_base dv_offsets dv_ptr group high
-key_inside low member num_k_tiles o_out p place seen share shares skew start_k tile_k turn where_wraps wraps
+attention_backward_keys attention_backward_queries base delta delta_ptr dk dk_base dk_inside dk_offsets dk_ptr dk_to
+dlogit dlse dlse_ptr do do_base do_offsets do_ptr dp dq dq_base dq_inside dq_offsets dq_ptr dq_to ds dv dv_base
+dv_inside dv_offsets dv_ptr dv_to group high high_mask high_sum key_inside low low_sum member num_k_tiles p place row
+seen shares skew start_k tile_k turn turned wraps
 """
 _CLASHES = re.compile(
     rf"(?<![\w.])({'|'.join(_OWN_NAMES.split())}"
@@ -156,6 +167,11 @@ _SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": "k.sh
 _TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
 
 
+def has_diagonals(plan: KernelPlan) -> bool:
+    """Whether the queries kernel sums gradients along diagonals."""
+    return any(g.level is Level.PAIR and scatter_of(g.load).is_diagonal for g in plan.grads)
+
+
 def kernel_name(kernel: str) -> str:
     """Return the name of the Triton function of the ``queries`` or the ``keys`` kernel."""
     return f"attention_backward_{kernel}"
@@ -210,7 +226,7 @@ def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
             strides += [(f"{name}_stride{d}", f"{name}.stride({d + 2})") for d in range(len(grad.load.indices))]
             pairs += strides
             loose += [a for a, _ in strides]
-    if kernel == QUERIES and any(scatter_of(g.load).is_diagonal for g in plan.grads if g.level is Level.PAIR):
+    if kernel == QUERIES and has_diagonals(plan):
         pairs.append(("shares", "shares"))
         host.append("shares")
         loose.append("shares")
@@ -303,9 +319,23 @@ def _template(kernel: str) -> Any:
     return environment.get_template(f"triton_backward_{kernel}.j2")
 
 
+def _split(line: str) -> str:
+    """Give every argument of a long assigned call a line of its own."""
+    match = re.fullmatch(r"( *)([\w, ]+ = [\w.]+\()(.*)\)\n", line)
+    if len(line) <= LINE + 1 or match is None:
+        return line
+    indent, head, inside = match.groups()
+    depths = list(accumulate((c in "([") - (c in ")]") for c in inside))
+    if min(depths) < 0:
+        return line
+    starts = [0, *(i + 2 for i, c in enumerate(inside) if c == "," and depths[i] == 0), len(inside) + 2]
+    parts = [inside[a : b - 2] for a, b in pairwise(starts)]
+    return f"{indent}{head}\n" + "".join(f"{indent}    {part},\n" for part in parts) + f"{indent})\n"
+
+
 def _emit(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -> str:
     text = str(_template(kernel).render(c=(context := _context(plan, config, kernel, interpreted)), **context))
-    return "".join(map(_wrapped, text.splitlines(keepends=True)))
+    return "".join(_split(_wrapped(line)) for line in text.splitlines(keepends=True))
 
 
 def emit_queries(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from .plan import KernelPlan
 from .triton import Config, padded
-from .triton_backward import QUERIES
-from .triton_tiles import INTERPRETED, SHARED_LIMIT
+from .triton_backward import QUERIES, has_diagonals
+from .triton_tiles import INTERPRETED, shared_limit
 
 __all__ = ["candidates", "shared_bytes"]
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-HIP_LIMIT = 65_536
 
-# (largest padded head dimension, tiles (queries, keys, warps, stages), best first); queries <= keys, as sums along
-# diagonals ask
-_HALF = (
-    (64, ((64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 1))),
-    (128, ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 4, 1), (32, 32, 4, 1))),
-    (256, ((32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1))),
+_Rows = tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...]
+
+# (largest padded head dimension, tiles (queries, keys, warps, stages), best first)
+_HALF: _Rows = (
+    (64, ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1))),
+    (128, ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1))),
+    (256, ((32, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1))),
     (512, ((16, 32, 8, 1), (16, 16, 8, 1))),
 )
-_FULL = (
-    (64, ((32, 64, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1))),
-    (128, ((32, 32, 8, 1), (16, 32, 4, 1))),
+_AMD: _Rows = (
+    (64, ((64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1))),
+    (128, ((64, 32, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1))),
+    (256, ((32, 32, 4, 1), (16, 32, 4, 1))),
+    (512, ((16, 16, 4, 1),)),
+)
+_FULL: _Rows = (
+    (64, ((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 4, 1))),
+    (128, ((32, 32, 8, 1), (16, 32, 8, 1))),
     (512, ((16, 32, 8, 1), (16, 16, 8, 1))),
 )
 
@@ -41,11 +47,11 @@ def candidates(plan: KernelPlan, kernel: str, target: str) -> tuple[Config, ...]
     """Return the tiles of the ``queries`` or ``keys`` kernel that fit ``target``, best first; never empty."""
     if target == INTERPRETED:
         return (Config(16, 32, 4, 1),)
+    table = _FULL if plan.dtype == "float32" else _AMD if target.startswith("hip:") else _HALF
     width = max(padded(plan.head_dim), padded(plan.value_dim))
-    table = _FULL if plan.dtype == "float32" else _HALF
     tiles = next((tiles for most, tiles in table if width <= most), table[-1][1])
-    is_hip = target.startswith("hip:")
-    configs = [Config(m, n, warps, 1 if is_hip else stages) for m, n, warps, stages in tiles]
-    limit = HIP_LIMIT if is_hip else SHARED_LIMIT.get(target, SHARED_LIMIT["cuda:86"])
-    fitting = tuple(dict.fromkeys(c for c in configs if shared_bytes(plan, kernel, c) <= limit))
-    return fitting or tuple(configs[-1:])
+    configs = tuple(Config(*tile) for tile in tiles)
+    if kernel == QUERIES and has_diagonals(plan):  # a tile is skewed along its keys
+        configs = tuple(c for c in configs if c.block_m <= c.block_n)
+    fitting = tuple(c for c in configs if shared_bytes(plan, kernel, c) <= shared_limit(target))
+    return fitting or configs[-1:]

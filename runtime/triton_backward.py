@@ -18,7 +18,7 @@ from attnlang.codegen.triton import Config
 from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_queries
 from attnlang.codegen.triton_backward_tiles import candidates
 
-from attnlang.ir import KEY_ADDRESS, Index, Program, UsageError
+from attnlang.ir import KEY_ADDRESS, Index
 from attnlang.passes.levels import Level
 
 from . import triton as forward_pass
@@ -40,30 +40,23 @@ _EMIT = {QUERIES: emit_queries, KEYS: emit_keys}
 
 
 @dataclass
-class _Pass:
-    """One of the two kernels with its candidate tiles; ``choice`` moves down when a tile does not fit the device."""
+class _Pass(forward_pass._Kernel):
+    """One of the two kernels with its candidate tiles, and the one a launch settled on."""
 
-    plan: KernelPlan
-    kernel: str
-    configs: tuple[Config, ...]
-    choice: int = 0
+    kernel: str = QUERIES
 
-    @property
-    def config(self) -> Config:
-        return self.configs[self.choice]
-
-    def launcher(self) -> Callable[..., None]:
-        """Return ``launch`` of the generated module at the current tile."""
-        source = _EMIT[self.kernel](self.plan, self.config, interpreted=forward_pass._interpreted())
-        launch: Callable[..., None] = forward_pass._load(source).launch
-        return launch
+    def launcher(self, config: Config) -> Callable[..., Any]:
+        """Return ``launch`` of the generated module at a tile."""
+        if config not in self.loaded:
+            source = _EMIT[self.kernel](self.plan, config, interpreted=forward_pass._interpreted())
+            self.loaded[config] = forward_pass._load(source).launch
+        return self.loaded[config]
 
 
 @dataclass(frozen=True)
 class _Kernels:
-    """Both kernels of a program, which is held so that its id stays taken."""
+    """Both kernels of a plan; they hold the program, so its id stays taken."""
 
-    program: Program
     plan: KernelPlan
     queries: _Pass
     keys: _Pass
@@ -93,9 +86,9 @@ def _kernel(call: Call, target: str, wanted: tuple[str, ...]) -> _Kernels:
         backward=True,
         captured_grads=wanted,
     )
-    passes = (_Pass(plan, kernel, candidates(plan, kernel, target)) for kernel in (QUERIES, KEYS))
+    passes = (_Pass(call.program, plan, candidates(plan, kernel, target), kernel=kernel) for kernel in (QUERIES, KEYS))
     with _lock:
-        made = _kernels.setdefault(key, _Kernels(call.program, plan, *passes))
+        made = _kernels.setdefault(key, _Kernels(plan, *passes))
         while len(_kernels) > forward_pass.MAX_KERNELS:
             _kernels.popitem(last=False)
     return made
@@ -208,32 +201,30 @@ def backward(
     delta = torch.empty_like(lse)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.float().contiguous()
     dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-    sums: dict[int, _Sums] = {}
-    _run(call, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse), sums, target)
-    _run(call, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta), sums, target)
+    sums = _run(call, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse), target)
+    sums |= _run(call, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta), target)
     parts = [sums[i].result() for i in range(len(kernels.plan.grads))]
     return Gradients(dq, dk, dv, total(call, wanted, kernels.plan.grads, parts))
 
 
-def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], sums: dict[int, _Sums], target: str) -> None:
-    """Launch one kernel at the first of its tiles that fits, and note the sums it made."""
+def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], target: str) -> dict[int, _Sums]:
+    """Launch one kernel; return the sums it made, by the number of the gradient."""
     captured = forward_pass._arguments(call, kernel.plan)
     grads = kernel.plan.grads
-    while True:
-        config = kernel.config
+    own = [i for i, g in enumerate(grads) if (g.level is Level.COL) == (kernel.kernel == KEYS)]
+    made: dict[int, _Sums] = {}
+
+    def launch(config: Config) -> int:
         tiles = -(-call.sizes["Lq"] // config.block_m)
         shares = _shares(call, grads, tiles) if kernel.kernel == QUERIES else None
-        own = [i for i, g in enumerate(grads) if (g.level is Level.COL) == (kernel.kernel == KEYS)]
-        made = {i: _Sums(call, grads[i], tiles, shares or 1) for i in own}
+        made.update((i, _Sums(call, grads[i], tiles, shares or 1)) for i in own)
         buffers = [made[i].buffer for i in own] + ([] if shares is None else [shares])
         run_map = call.runs(config.tile)
         table = forward_pass._device_table(run_map if kernel.kernel == QUERIES else run_map.transpose(), call.q.device)
-        try:
-            forward_pass._launch(kernel.launcher(), (*operands, call.scale, *captured, *buffers, *table))
-        except forward_pass._out_of_resources() as error:
-            if kernel.choice + 1 >= len(kernel.configs):
-                raise UsageError(f"no tile of this program's backward pass fits {target}: {error}") from error
-            kernel.choice += 1
-        else:
-            sums |= made
-            return
+        return forward_pass._launch(kernel.launcher(config), (*operands, call.scale, *captured, *buffers, *table))
+
+    if kernel.chosen is None:
+        kernel.chosen = forward_pass._settle(kernel, launch, target)
+    else:
+        launch(kernel.chosen)
+    return made

@@ -51,7 +51,7 @@ LEARNABLE = [
 ]
 
 
-def make_call(program: Program, shapes, tensors, dtype=torch.float32, strided=False):
+def make_call(program: Program, shapes, tensors, dtype=torch.float32, strided=False, params=None):
     batch, heads, kv_heads, lq, lk, d, dv = shapes
     generator = torch.Generator().manual_seed(0)
 
@@ -69,10 +69,10 @@ def make_call(program: Program, shapes, tensors, dtype=torch.float32, strided=Fa
 
     def runs(tile):
         if tile not in maps:
-            maps[tile] = analyse(program, sizes, {}, tensors, tile)
+            maps[tile] = analyse(program, sizes, params or {}, tensors, tile)
         return maps[tile]
 
-    return Call(program, *operands, sizes, {}, tensors, d**-0.5, runs)
+    return Call(program, *operands, sizes, params or {}, tensors, d**-0.5, runs)
 
 
 def both(call: Call, forward, backward):
@@ -84,7 +84,7 @@ def both(call: Call, forward, backward):
     ours = {"q": got.q, "k": got.k, "v": got.v, **got.captured}
     leaves = {n: getattr(call, n).double().requires_grad_() for n in "qkv"}
     captured = {n: t.double().requires_grad_() if n in wanted else t for n, t in call.tensors.items()}
-    out, ref_lse = reference_attention(call.program, *leaves.values(), call.sizes, {}, captured, call.scale)
+    out, ref_lse = reference_attention(call.program, *leaves.values(), call.sizes, call.params, captured, call.scale)
     seen = torch.isfinite(ref_lse)
     loss = (out * do.double()).sum() + (torch.where(seen, ref_lse, 0.0) * dlse).sum()
     inputs = [*leaves.values(), *(captured[n] for n in wanted)]
