@@ -155,3 +155,17 @@ def test_a_dense_map_of_a_million_tokens_is_refused() -> None:
         runs.to_dense()
     with pytest.raises(UsageError, match="tiles"):
         RunMap.from_tiles(np.zeros((2, 2)), (8, 8), (8, 8))
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
+def test_every_form_of_a_map_without_tiles(lengths: tuple[int, int]) -> None:
+    runs = analyse(simple("all"), {"Lq": lengths[0], "Lk": lengths[1]}, tile=(4, 4))
+    assert runs.counts() == (0, 0, 0) and runs.sparsity() == 0.0 and runs.always_empty
+    table = runs.launch_table()
+    assert table.full_runs.shape == table.part_runs.shape == (0, 2)
+    assert table.full_ptr.tolist() == [0] * (runs.nq + 1)
+    assert runs.transpose().sizes == (lengths[1], lengths[0])
+    assert runs.retile((2, 3)).counts() == (0, 0, 0)
+    assert runs.tile_kinds().shape == (runs.nq, runs.nk)
+    assert runs.to_block_mask_tensors()["kv_indices"].shape == (1, 1, runs.nq, runs.nk)
+    assert runs.row_tiles().tolist() == [0] * runs.nq
