@@ -43,7 +43,11 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class _Schedule:
-    """A run map as kernels want it: int32 arrays and the order in which query blocks are worked on."""
+    """A run map as kernels want it: int32 arrays and the order in which query blocks are worked on.
+
+    ``work`` is the number of pairs in the tiles of all its lines; ``keep`` is the run map itself, so that no other gets
+    its id while the schedule is remembered.
+    """
 
     full_ptr: np.ndarray
     full_runs: np.ndarray
@@ -79,7 +83,7 @@ class Kernel:
         self._entry.restype = None
         self._space = getattr(loaded, SPACE) if isa.matrix else None
         if self._space is not None:
-            self._space.argtypes = (ctypes.c_char_p,)
+            self._space.argtypes = (ctypes.c_int64,) * 3
             self._space.restype = ctypes.c_int64
 
     def __call__(self, call: Call, schedule: _Schedule, threads: int) -> tuple[Tensor, Tensor]:
@@ -89,13 +93,10 @@ class Kernel:
         lse = torch.empty((batch, heads, length), dtype=torch.float32)
         tensors = {"q": q, "k": call.k, "v": v, "o": o, "lse": lse}
         if self._space is not None:
-            tensors["space"] = lse
-            tensors["space"] = torch.empty(self._space(self._arguments(call, tensors, schedule)), dtype=torch.uint8)
-        self._entry(self._arguments(call, tensors, schedule), min(threads, schedule.threads(call)))
+            tensors["space"] = torch.empty(self._space(*call.k.shape[:3]), dtype=torch.uint8)
+        packed = self._pack(*(get(call, tensors, schedule) for get in self._getters))
+        self._entry(packed, min(threads, schedule.threads(call)))
         return o, lse
-
-    def _arguments(self, call: Call, tensors: Mapping[str, Tensor], schedule: _Schedule) -> bytes:
-        return self._pack(*(get(call, tensors, schedule) for get in self._getters))
 
 
 _Getter = Callable[[Call, Mapping[str, Tensor], _Schedule], Any]

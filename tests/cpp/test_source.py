@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from attnlang.codegen.cpp import emit
-from attnlang.codegen.isa import COMMON_FLAGS, ISAS, few_rows
+from attnlang.codegen.isa import AMX, COMMON_FLAGS, ISAS, few_rows
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.runtime.errors import Unavailable
 from attnlang.runtime.toolchain import find_compiler, processor_features
@@ -20,7 +20,7 @@ from attnlang.ir.build import k, op, q, s
 from .support import check, make_call
 from .test_operators import _choose, _probes
 
-VARIANTS = {v.name: v for isa in ISAS.values() for v in (isa, few_rows(isa))}
+VARIANTS = {v.name: v for isa in ISAS.values() for v in (isa, few_rows(isa))} | {AMX.name: AMX}
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 
