@@ -34,6 +34,7 @@ __all__ = [
     "emit_queries",
     "has_diagonals",
     "kernel_name",
+    "own_name",
 ]
 
 QUERIES, KEYS = "queries", "keys"
@@ -49,6 +50,11 @@ _CLASHES = re.compile(
     r"|(?:q|k|v|o|do|dq|dk|dv)_stride_[bhnd]|grad\d+(?:_ptr|_sum|_to|_at|_part|_stride(?:\d+|_[bh]))?)(?!\w)"
 )
 """Names of the backward templates that the forward template does not have."""
+
+
+def own_name(name: str) -> bool:
+    """Whether the backward templates use ``name`` for themselves, beside the names of the forward template."""
+    return _CLASHES.fullmatch(name) is not None
 
 
 def _rename(text: str) -> str:
@@ -87,14 +93,14 @@ class _Printer(TritonPrinter):
             return text
         return text.replace("[:, None]", "[?]").replace("[None, :]", "[:, None]").replace("[?]", "[None, :]")
 
-    def offset(self, load: Load, buffer: str) -> str:
-        """Offsets of the elements ``load`` reads in a buffer with strides of its own."""
+    def offsets(self, load: Load, buffer: str) -> list[str]:
+        """Offsets of the elements ``load`` reads in a buffer with strides of its own, one term a dimension."""
         terms = []
         for dim, (index, guard) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True)):
             level = self.plan.level(index)
             text = _rename(self._position(index, f"{safe_name(load.tensor)}_size{dim}", guard, level))
-            terms.append(f"({self._spread(f'({text})', level, Level.PAIR)}) * {buffer}_stride{dim}")
-        return " + ".join(terms)
+            terms.append(f"{self._spread(f'({text})', level, Level.PAIR)} * {buffer}_stride{dim}")
+        return terms
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class _Grad:
     name: str
     kind: str
     value: str
-    offset: str
+    offsets: list[str]
     comment: str
 
     @property
@@ -251,7 +257,7 @@ def _loop(printer: _Printer, section: Section, plan: KernelPlan, mask: Expr | No
     for grad in plan.grads:
         printer.text(grad.derivative, Level.PAIR)
         if grad.level is Level.PAIR:
-            printer.offset(grad.load, "grad")
+            printer.offsets(grad.load, "grad")
     outer, inner = (col, row) if printer.flipped else (row, col)
     reads = [name in printer.used for name in ("q_idx", "k_idx")]
     reads_outer, reads_inner = reversed(reads) if printer.flipped else reads
@@ -264,9 +270,9 @@ def _grads(printer: _Printer, plan: KernelPlan, kernel: str) -> list[_Grad]:
     for i, grad in enumerate(plan.grads):
         if _belongs(grad, kernel):
             kind = _kind(grad)
-            offset = printer.offset(grad.load, f"grad{i}") if kind in ("store", "atomic") else ""
+            offsets = printer.offsets(grad.load, f"grad{i}") if kind in ("store", "atomic") else []
             value = _times("dlogit", printer.text(grad.derivative, Level.PAIR))
-            out.append(_Grad(f"grad{i}", kind, value, offset, _comment(str(grad.load.tensor))))
+            out.append(_Grad(f"grad{i}", kind, value, offsets, _comment(str(grad.load.tensor))))
     return out
 
 
@@ -330,6 +336,8 @@ def _split(line: str) -> str:
         return line
     starts = [0, *(i + 2 for i, c in enumerate(inside) if c == "," and depths[i] == 0), len(inside) + 2]
     parts = [inside[a : b - 2] for a, b in pairwise(starts)]
+    if len(parts) == 1:
+        return line
     return f"{indent}{head}\n" + "".join(f"{indent}    {part},\n" for part in parts) + f"{indent})\n"
 
 
