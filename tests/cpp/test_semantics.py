@@ -160,3 +160,16 @@ def test_random_programs(mask: Expr, score: Expr) -> None:
     if not torch.isfinite(exact.masked_fill(exact == -math.inf, 0)).all() or largest > 1e4:
         return
     check(call, *(2e-5 * max(1.0, largest / 16),) * 2)
+
+
+def test_many_short_calls_on_many_threads() -> None:
+    """Helpers that start after the work is done must neither be waited for nor touch what is gone."""
+    calls = [
+        make_call(CAUSAL, *(x.to(dtype) for x in qkv(2, 2, 100, 100))) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    kernels = [(cpp._kernel(c, isa := cpp.select_isa(100)), cpp._schedule(c, isa)) for c in calls]
+    want = [kernel(call, runs, 1) for call, (kernel, runs) in zip(calls, kernels, strict=True)]
+    for i in range(300):
+        kernel, runs = kernels[i % 2]
+        got = kernel(calls[i % 2], runs, 8)
+        assert all(torch.equal(a, c) for a, c in zip(got, want[i % 2], strict=True))
