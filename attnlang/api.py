@@ -13,6 +13,7 @@ from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch
 from attnlang.runtime.bind import Binder, Bound, suggest
 from attnlang.runtime.call import Call
+from attnlang.runtime.op import Site, attend, register
 from attnlang.runtime.opaque import opaque
 from attnlang.runtime.runs import run_maps
 
@@ -105,8 +106,22 @@ class Attention:
         self.program = specialise(verify(source), _checked_static(source, static))
         self._defaults = {n: v for n, v in self._defaults.items() if n not in static}
         self._binder = Binder(self.program)
+        self._enter_graphs()
 
-    @opaque
+    def _enter_graphs(self) -> None:
+        """Get a handle by which graphs that PyTorch captures can refer to this program."""
+        self._site = Site(self.program, self._binder, self.backend)
+        self._handle = register(self._site)
+        self._tensor_names = tuple(t.name for t in self.program.tensors)
+        self._given = {p.name: p.default for p in self.program.scalars if p.default is not None} | dict(self._defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {n: x for n, x in vars(self).items() if n not in ("_site", "_handle")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._enter_graphs()
+
     def __call__(
         self,
         q: Tensor,
@@ -128,9 +143,36 @@ class Attention:
             UsageError: an argument does not fit the program.
             Unavailable: ``backend`` was named and cannot run here.
         """
-        bound = self._binder.bind(q, k, v, captured, self._defaults, scale)
-        o, lse = dispatch.attend(self._call(bound), dispatch.check_backend(backend) or self.backend)
+        if torch.compiler.is_compiling():
+            o, lse = self._captured_call(q, k, v, scale, captured)
+        else:
+            o, lse = self._eager_call(q, k, v, scale, backend, captured)
         return (o, lse) if return_lse else o
+
+    @opaque
+    def _eager_call(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None, captured: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        bound = self._binder.bind(q, k, v, captured, self._defaults, scale)
+        return dispatch.attend(self._call(bound), dispatch.check_backend(backend) or self.backend)
+
+    def _captured_call(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, captured: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """One opaque node for ``torch.compile``, which traces this function: plain Python only."""
+        given = {**self._given, **captured}
+        for name in (*self._tensor_names, *self._site.ints, *self._site.floats):
+            if name not in given:
+                raise UsageError(f"{self.program.name} needs {name!r}")
+        for name in captured:
+            if name not in self._tensor_names and name not in self._site.ints and name not in self._site.floats:
+                raise UsageError(f"{self.program.name} has no parameter {name!r}")
+        tensors = [given[name] for name in self._tensor_names]
+        ints = [given[name] for name in self._site.ints]
+        floats = [given[name] for name in self._site.floats]
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        found: tuple[Tensor, Tensor] = attend(q, k, v, tensors, ints, floats, scale, self._handle)
+        return found
 
     def _call(self, bound: Bound) -> Call:
         runs = run_maps.provider(self.program, bound.sizes, bound.params, bound.tensors)

@@ -23,7 +23,7 @@ from . import eager
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["attend", "wants_gradients"]
+__all__ = ["attend", "gradients", "wants_gradients"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -87,33 +87,35 @@ class _Attend(torch.autograd.Function):
         call = spec.restore(q, k, v, tuple(captured))
         if torch.is_grad_enabled():
             return (None, *_differentiable(call, spec.names, needs, do, dlse))
-        with torch.autocast(q.device.type, enabled=False):
-            found = _by_kernel(spec, call, needs, o, lse, do, dlse)
-            if found is not None:
-                return (None, *found)
-            return (None, *_Backward(call, spec.names, needs, lse, do, dlse).run())
+        return (None, *gradients(call, spec.backward, needs, o, lse, do, dlse))
 
 
-def _by_kernel(
-    spec: _Spec,
+def gradients(
     call: Call,
+    backward: Backward | None,
     needs: tuple[bool, ...],
     o: Tensor,
     lse: Tensor,
     do: Tensor | None,
     dlse: Tensor | None,
-) -> list[Tensor | None] | None:
-    """Gradients from the backend's backward kernel, or None where it cannot run this call."""
-    if spec.backward is None:
-        return None
-    wanted = tuple(n for n, need in zip(spec.names, needs[3:], strict=True) if need)
-    try:
-        got = spec.backward(call, o, lse, torch.zeros_like(o) if do is None else do, dlse, wanted)
-    except Unavailable:
-        return None
-    grads = [g if need else None for g, need in zip((got.q, got.k, got.v), needs, strict=False)]
-    captured = [got.captured[n].to(call.tensors[n].dtype) if n in wanted else None for n in spec.names]
-    return [*grads, *captured]
+) -> list[Tensor | None]:
+    """Return gradients of q, k, v and the captured tensors of ``call``, None where ``needs`` says no.
+
+    They come from the backend's backward kernel, or from PyTorch where it has none for this call.
+    """
+    names = tuple(call.tensors)
+    with torch.autocast(call.q.device.type, enabled=False):
+        if backward is not None:
+            wanted = tuple(n for n, need in zip(names, needs[3:], strict=True) if need)
+            try:
+                got = backward(call, o, lse, torch.zeros_like(o) if do is None else do, dlse, wanted)
+            except Unavailable:
+                pass
+            else:
+                grads = [g if need else None for g, need in zip((got.q, got.k, got.v), needs, strict=False)]
+                captured = [got.captured[n].to(call.tensors[n].dtype) if n in wanted else None for n in names]
+                return [*grads, *captured]
+        return _Backward(call, names, needs, lse, do, dlse).run()
 
 
 def _differentiable(

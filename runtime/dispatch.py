@@ -17,7 +17,7 @@ from .bind import suggest
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["BACKENDS", "attend", "check_backend"]
+__all__ = ["BACKENDS", "attend", "backward_of", "check_backend"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -84,6 +84,11 @@ def _choose(call: Call) -> str:
 def _batched(call: Call) -> bool:
     """Whether an operand is a batch in the sense of vmap, which has no memory a kernel could read."""
     return any(map(torch._C._functorch.is_batchedtensor, (call.q, call.k, call.v)))
+
+
+def backward_of(call: Call, backend: str | None = None) -> autograd.Backward | None:
+    """Return the backward kernels that belong to :func:`attend` of the same arguments, or None."""
+    return _backward(backend or _choose(call))
 
 
 def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:

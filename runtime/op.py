@@ -1,0 +1,165 @@
+"""One call of a program as a registered PyTorch operator, so that graph capture sees a single opaque node.
+
+``torch.compile(fullgraph=True)``, export and activation checkpointing work on operators with a fake implementation and
+a registered backward; this module gives ``attnlang::attend`` both. Eager calls do not come through here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from attnlang.ir import BOOL, FLOAT, Program, Scalar
+
+from . import autograd, dispatch
+from .bind import Binder
+from .call import Call
+from .runs import run_maps
+
+__all__ = ["Site", "attend", "register"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What a node of a captured graph refers to by its handle: a program, how to bind it, and a backend or None."""
+
+    program: Program
+    binder: Binder
+    backend: str | None
+    ints: tuple[str, ...] = field(init=False)
+    floats: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        scalars = self.program.scalars
+        object.__setattr__(self, "ints", tuple(p.name for p in scalars if p.type is not FLOAT))
+        object.__setattr__(self, "floats", tuple(p.name for p in scalars if p.type is FLOAT))
+
+    def call(
+        self,
+        operands: tuple[Tensor, Tensor, Tensor],
+        captured: Sequence[Tensor],
+        ints: Sequence[int],
+        floats: Sequence[float],
+        scale: float,
+    ) -> Call:
+        given: dict[str, Tensor | Scalar] = {t.name: x for t, x in zip(self.program.tensors, captured, strict=True)}
+        kinds = {p.name: p.type for p in self.program.scalars}
+        given |= {n: bool(x) if kinds[n] is BOOL else int(x) for n, x in zip(self.ints, ints, strict=True)}
+        given |= dict(zip(self.floats, floats, strict=True))
+        bound = self.binder.bind(*operands, given, {}, scale)
+        runs = run_maps.provider(self.program, bound.sizes, bound.params, bound.tensors)
+        return Call(
+            self.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale, runs
+        )
+
+
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register(site: Site) -> int:
+    """Return a handle for ``site``, valid as long as the caller keeps the site."""
+    handle = next(_numbers)
+    _sites[handle] = site
+    return handle
+
+
+_LIBRARY = torch.library.Library("attnlang", "DEF")
+_ARGS = "Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] ints, float[] floats, float scale, int handle"
+_LIBRARY.define(f"attend({_ARGS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"attend_backward(Tensor do, Tensor dlse, Tensor o, Tensor lse, {_ARGS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])"
+)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    scale: float,
+    handle: int,
+) -> tuple[Tensor, Tensor]:
+    site = _sites[handle]
+    with torch.no_grad():
+        o, lse = dispatch.attend(site.call((q, k, v), captured, ints, floats, scale), site.backend)
+    return o, lse
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    statistics = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=statistics)
+
+
+def _backward(
+    do: Tensor,
+    dlse: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    scale: float,
+    handle: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    site = _sites[handle]
+    call = site.call((q, k, v), captured, ints, floats, scale)
+    with torch.no_grad():
+        kernel = dispatch.backward_of(call, site.backend)
+        dq, dk, dv, *rest = autograd.gradients(call, kernel, (True, True, True, *needs), o, lse, do, dlse)
+    assert dq is not None and dk is not None and dv is not None
+    missing = q.new_empty(0)
+    return dq, _fold(dk, k), _fold(dv, v), [missing if x is None else x for x in rest]
+
+
+def _fold(grad: Tensor, operand: Tensor) -> Tensor:
+    """Sum over the batch where one key batch served all queries."""
+    return grad.sum_to_size(operand.shape) if grad.shape != operand.shape else grad
+
+
+def _fake_backward(
+    do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, captured: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    needs = rest[-1]
+    found = [torch.empty_like(t) if need else q.new_empty(0) for t, need in zip(captured, needs, strict=True)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), found
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captured, ctx.ints, ctx.floats, ctx.scale, ctx.handle = inputs
+    ctx.needs = [t.requires_grad for t in captured]
+    ctx.save_for_backward(*output, q, k, v, *captured)
+
+
+def _autograd_backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    o, lse, q, k, v, *captured = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    dq, dk, dv, rest = torch.ops.attnlang.attend_backward(
+        do, dlse, o, lse, q, k, v, captured, ctx.ints, ctx.floats, ctx.scale, ctx.handle, ctx.needs
+    )
+    grads = [g if need else None for g, need in zip(rest, ctx.needs, strict=True)]
+    return dq, dk, dv, grads, None, None, None, None
+
+
+for _name, _run, _fake in (("attend", _forward, _fake_forward), ("attend_backward", _backward, _fake_backward)):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnlang::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("attnlang::attend", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY)
+
+attend = torch.ops.attnlang.attend
+"""(q, k, v, captured, ints, floats, scale, handle) to (o, lse); arguments are in the order the program declares."""
