@@ -1,7 +1,7 @@
 """The reference semantics: dense attention in float64, written to be read rather than to be fast.
 
-A pair (q, k) that the mask excludes does not exist: its score is never evaluated. A row without visible keys has
-output 0 and lse -inf. Everything here is built of differentiable torch operations, so its autograd gradients are the
+A pair (q, k) that the mask excludes does not exist: its score is never evaluated. A row without visible keys, or whose
+scores are all -inf, has output 0 and lse -inf. Everything here is built of differentiable torch operations, so its autograd gradients are the
 reference for gradients.
 """
 
@@ -115,7 +115,7 @@ def reference_attention(
     if shape[-1] == 0:
         empty = scores.new_full(shape[:-1], -math.inf)
         return scores.new_zeros((*shape[:-1], v.shape[-1])), empty
-    visible = mask.any(-1)
+    visible = ~torch.isneginf(scores).all(-1)  # a score of -inf hides a pair as the mask does
     lse = torch.logsumexp(scores.masked_fill(~visible[..., None], 0.0), -1)
     weights = torch.exp(scores - lse[..., None])
     weights = weights.masked_fill(~visible[..., None], 0.0)

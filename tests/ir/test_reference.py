@@ -115,3 +115,12 @@ def test_loads_clamp():
     )
     mask = dense_mask(program, SIZES, {}, {"t": torch.tensor([1, 0, 1])})
     assert mask[0, 0, :, 0].tolist() == [True] * 4 + [False] + [True] * 4
+
+
+def test_scores_of_minus_infinity_hide_pairs():
+    hidden = op("where", op("lt", q, 4), -math.inf, s)
+    leaves = tensors(True)
+    out, lse = reference_attention(simple("hidden", score=hidden), *leaves, SIZES, {}, {}, 0.3)
+    assert (out[:, :, :4] == 0).all() and torch.isneginf(lse[:, :, :4]).all()
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert torch.isfinite(grad).all()
