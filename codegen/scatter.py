@@ -2,7 +2,8 @@
 
 The index map of the load decides. Where q and k are indices of their own, every pair has an element of its own. Where
 the indices depend on the pair through q - k or q + k only, sums along diagonals come first and are few. Anything else
-is a scatter, which only atomic additions can do in parallel.
+is a scatter, which only atomic additions can do in parallel: of integers, whose order does not matter, where a bound of
+the sums is known, and of floats otherwise.
 """
 
 from __future__ import annotations
@@ -15,16 +16,23 @@ __all__ = ["Scatter", "scatter_of"]
 
 
 class Scatter(enum.Enum):
-    """``STORE``: one pair an element. ``DIFFERENCE``, ``SUM``: a function of k - q or q + k. ``ATOMIC``: the rest."""
+    """``STORE``: one pair an element. ``DIFFERENCE``, ``SUM``: a function of k - q or q + k.
+
+    ``FIXED``: any map, and the derivative is a constant, so that fixed-point sums are bounded. ``ATOMIC``: the rest.
+    """
 
     STORE = "store"
     DIFFERENCE = "difference"
     SUM = "sum"
+    FIXED = "fixed"
     ATOMIC = "atomic"
 
     @property
     def is_diagonal(self) -> bool:
         return self in (Scatter.DIFFERENCE, Scatter.SUM)
+
+
+_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 
 
 def _slopes(node: Expr) -> tuple[int, int] | None:
@@ -56,17 +64,23 @@ def _slopes(node: Expr) -> tuple[int, int] | None:
 def _only_through(node: Expr, sign: int) -> bool:
     """Whether ``node`` depends on q and k through k + sign * q only."""
     slopes = _slopes(node)
+    if slopes is None and isinstance(node, Op) and node.op in _COMPARISONS:  # a < b is a - b < 0
+        left, right = map(_slopes, node.args)
+        slopes = left and right and (left[0] - right[0], left[1] - right[1])
     if slopes is not None:
         return slopes[0] == sign * slopes[1]
     return bool(node.args) and all(_only_through(a, sign) for a in node.args)
 
 
-def scatter_of(load: Load) -> Scatter:
-    """Return how gradients at the index of ``load``, which depends on the pair, are added up."""
+def scatter_of(load: Load, derivative: Expr) -> Scatter:
+    """Return how gradients at the index of ``load``, which depends on the pair, are added up.
+
+    ``derivative`` is that of the score with respect to the load.
+    """
     plain = {index.axis for index in load.indices if isinstance(index, Index)}
     if {"q", "k"} <= plain:
         return Scatter.STORE
     for kind, sign in ((Scatter.DIFFERENCE, -1), (Scatter.SUM, 1)):
         if all(_only_through(index, sign) for index in load.indices):
             return kind
-    return Scatter.ATOMIC
+    return Scatter.FIXED if isinstance(derivative, Const) else Scatter.ATOMIC

@@ -3,7 +3,7 @@
 The queries kernel walks the run map row by row and gives dq, delta and the gradients of captured tensors that are sums
 over keys; the keys kernel walks the transposed map and gives dk, dv and sums over queries, over all query heads of a
 group. Weights are recomputed from the saved lse. Neither needs atomic additions, so gradients are the same bits in
-every run; the exception is a captured tensor scattered to by an arbitrary index map (``Scatter.ATOMIC``).
+every run; a captured tensor read through an arbitrary map of the pair is the exception (``Scatter.FIXED``, ``ATOMIC``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ seen shares skew start_k tile_k turn turned wraps
 """
 _CLASHES = re.compile(
     rf"(?<![\w.])({'|'.join(_OWN_NAMES.split())}"
-    r"|(?:q|k|v|o|do|dq|dk|dv)_stride_[bhnd]|grad\d+(?:_ptr|_sum|_to|_at|_part|_stride(?:\d+|_[bh]))?)(?!\w)"
+    r"|(?:q|k|v|o|do|dq|dk|dv)_stride_[bhnd]|grad\d+(?:_ptr|_sum|_to|_at|_part|_unit|_stride(?:\d+|_[bh]))?)(?!\w)"
 )
 """Names of the backward templates that the forward template does not have."""
 
@@ -116,7 +116,7 @@ def _lines(printer: _Printer, values: Iterable[Value]) -> list[_Line]:
 
 @dataclass(frozen=True)
 class _Grad:
-    """Text for one captured gradient: ``kind`` is row, grid, col, store, difference, sum or atomic."""
+    """Text for one captured gradient: ``kind`` is row, grid, col, store, difference, sum, fixed or atomic."""
 
     name: str
     kind: str
@@ -146,7 +146,7 @@ class _Loop:
 
 
 def _kind(grad: CapturedGrad) -> str:
-    return scatter_of(grad.load).value if grad.level is Level.PAIR else grad.level.value
+    return scatter_of(grad.load, grad.derivative).value if grad.level is Level.PAIR else grad.level.value
 
 
 def _belongs(grad: CapturedGrad, kernel: str) -> bool:
@@ -175,7 +175,7 @@ _TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_he
 
 def has_diagonals(plan: KernelPlan) -> bool:
     """Whether the queries kernel sums gradients along diagonals."""
-    return any(g.level is Level.PAIR and scatter_of(g.load).is_diagonal for g in plan.grads)
+    return any(g.level is Level.PAIR and scatter_of(g.load, g.derivative).is_diagonal for g in plan.grads)
 
 
 def kernel_name(kernel: str) -> str:
@@ -226,7 +226,12 @@ def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
         pairs.append((f"{name}_ptr", name))
         types[f"{name}_ptr"] = "float32"
         host.append(name)
-        if _kind(grad) in ("store", "atomic"):  # a buffer [batch or 1, heads or 1, *shape of the tensor]
+        kind = _kind(grad)
+        if kind == "fixed":
+            pairs.append((f"{name}_unit", f"{name}_unit"))
+            host.append(f"{name}_unit")
+            types |= {f"{name}_ptr": "int64", f"{name}_unit": "float32"}
+        if kind in ("store", "fixed", "atomic"):  # a buffer [batch or 1, heads or 1, *shape of the tensor]
             strides = [(f"{name}_stride_{a}", f"{name}.stride({d}) if {name}.shape[{d}] > 1 else 0")
                        for d, a in enumerate("bh")]  # fmt: skip
             strides += [(f"{name}_stride{d}", f"{name}.stride({d + 2})") for d in range(len(grad.load.indices))]
@@ -270,7 +275,7 @@ def _grads(printer: _Printer, plan: KernelPlan, kernel: str) -> list[_Grad]:
     for i, grad in enumerate(plan.grads):
         if _belongs(grad, kernel):
             kind = _kind(grad)
-            offsets = printer.offsets(grad.load, f"grad{i}") if kind in ("store", "atomic") else []
+            offsets = printer.offsets(grad.load, f"grad{i}") if kind in ("store", "fixed", "atomic") else []
             value = _times("dlogit", printer.text(grad.derivative, Level.PAIR))
             out.append(_Grad(f"grad{i}", kind, value, offsets, _comment(str(grad.load.tensor))))
     return out

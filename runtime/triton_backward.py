@@ -18,7 +18,7 @@ from attnlang.codegen.triton import Config
 from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_queries
 from attnlang.codegen.triton_backward_tiles import candidates
 
-from attnlang.ir import KEY_ADDRESS, Index
+from attnlang.ir import KEY_ADDRESS, Const, Index
 from attnlang.passes.levels import Level
 
 from . import triton as forward_pass
@@ -108,9 +108,9 @@ def _check(call: Call) -> str:
 class _Sums:
     """The buffer of one captured gradient, and the way from it to the tensor."""
 
-    def __init__(self, call: Call, grad: CapturedGrad, query_tiles: int, shares: int) -> None:
+    def __init__(self, call: Call, grad: CapturedGrad, query_tiles: int, shares: int, unit: Tensor) -> None:
         self.call, self.grad = call, grad
-        self.scatter = scatter_of(grad.load) if grad.level is Level.PAIR else None
+        self.scatter = scatter_of(grad.load, grad.derivative) if grad.level is Level.PAIR else None
         batch, heads, lq, lk = (call.sizes[n] for n in ("B", "H", "Lq", "Lk"))
         shape: tuple[int, ...]
         if self.scatter is None:
@@ -123,11 +123,17 @@ class _Sums:
         floats = torch.Size(shape).numel()
         if floats > BUFFER_LIMIT:
             raise Unavailable(f"the gradient of {grad.load.tensor} would need {floats * 4 >> 20} MB of buffers")
-        self.buffer = torch.zeros(shape, device=call.q.device)
+        dtype = torch.int64 if self.scatter is Scatter.FIXED else torch.float32
+        self.buffer, self.unit = torch.zeros(shape, dtype=dtype, device=call.q.device), unit
+
+    @property
+    def arguments(self) -> list[Tensor]:
+        """What ``launch`` takes for this gradient."""
+        return [self.buffer, self.unit] if self.scatter is Scatter.FIXED else [self.buffer]
 
     def _copies(self) -> tuple[int, int]:
         """Copies of the tensor along batch and heads, so that no two pairs store to one element."""
-        if self.scatter is Scatter.ATOMIC:
+        if self.scatter in (Scatter.ATOMIC, Scatter.FIXED):
             return 1, 1
         apart = _apart(self.call, self.grad)
         return 1 if "b" in apart else self.call.sizes["B"], 1 if "h" in apart else self.call.sizes["H"]
@@ -139,6 +145,9 @@ class _Sums:
             case Scatter.DIFFERENCE | Scatter.SUM:
                 sign = "-" if self.scatter is Scatter.DIFFERENCE else "+"
                 return bring_back(self.call, load, buffer.sum(2), f"bh{sign}")
+            case Scatter.FIXED:
+                assert isinstance(self.grad.derivative, Const)
+                return (buffer[0, 0].double() / self.unit * float(self.grad.derivative.value)).float()
             case Scatter.STORE | Scatter.ATOMIC:
                 return buffer.sum((0, 1))
         if self.grad.level is Level.GRID:
@@ -158,7 +167,7 @@ def _scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
     """Refuse what only atomic additions could do, unless they are allowed."""
     if grad.level is not Level.PAIR:
         return
-    kind = scatter_of(grad.load)
+    kind = scatter_of(grad.load, grad.derivative)
     meets = kind is Scatter.STORE and not {"q", "k"} <= _apart(call, grad)
     if meets or (kind is Scatter.ATOMIC and deterministic):
         raise Unavailable(f"the gradient of {grad.load.tensor} would need additions in an order that is not fixed")
@@ -166,7 +175,7 @@ def _scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
 
 def _shares(call: Call, grads: tuple[CapturedGrad, ...], query_tiles: int) -> int | None:
     """Shares of the query tiles with sums of their own, None where no sums along diagonals are wanted."""
-    if not any(g.level is Level.PAIR and scatter_of(g.load).is_diagonal for g in grads):
+    if not any(g.level is Level.PAIR and scatter_of(g.load, g.derivative).is_diagonal for g in grads):
         return None
     instances = call.sizes["B"] * call.sizes["H"]
     most = BUFFER_LIMIT // (instances * (call.sizes["Lq"] + call.sizes["Lk"]))
@@ -186,8 +195,9 @@ def backward(
     """Differentiate a forward call of this backend.
 
     ``o`` and ``lse`` are what it returned, ``do`` [B, H, Lq, Dv] and ``dlse`` [B, H, Lq] the incoming gradients, and
-    ``wanted`` the captured float tensors whose gradients are needed. Without ``deterministic``, gradients of a tensor
-    read through an arbitrary map of the pair (``table[bucket[q, k]]``) are added up by atomic additions.
+    ``wanted`` the captured float tensors whose gradients are needed. Gradients of a tensor read through an arbitrary
+    map of the pair (``table[bucket[q, k]]``) are sums of integers, unless the tensor is a factor of the score: those
+    are atomic additions of floats, which ``deterministic`` forbids.
 
     Raises:
         Unavailable: this backend cannot run the call here.
@@ -201,13 +211,28 @@ def backward(
     delta = torch.empty_like(lse)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.float().contiguous()
     dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-    sums = _run(call, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse), target)
-    sums |= _run(call, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta), target)
+    unit = _unit(call, do, dlse)
+    sums = _run(call, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse), unit, target)
+    sums |= _run(call, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta), unit, target)
     parts = [sums[i].result() for i in range(len(kernels.plan.grads))]
     return Gradients(dq, dk, dv, total(call, wanted, kernels.plan.grads, parts))
 
 
-def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], target: str) -> dict[int, _Sums]:
+def _unit(call: Call, do: Tensor, dlse: Tensor) -> Tensor:
+    """Return the power of two [1] by which gradients of scores are multiplied before they are added up as int64.
+
+    The weights of a row add up to 1 and its output is a mean of values, so the gradients of its scores add up to at
+    most 2 |do| max |v| + |dlse|, with sums of sizes for |do|; the sum over all rows stays below 2**61. A bound that is
+    not finite gives NaN.
+    """
+    size = call.v.abs().amax().float()
+    rows = 2 * size * torch.linalg.vector_norm(do, ord=1, dim=-1, dtype=torch.float32) + dlse.abs()
+    bound = rows.sum(dtype=torch.float64).clamp(min=1e-30)
+    unit = torch.exp2(torch.floor(60 - torch.log2(bound)).clamp(-120, 120))
+    return torch.where(torch.isfinite(bound), unit, torch.nan).float().reshape(1)
+
+
+def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], unit: Tensor, target: str) -> dict[int, _Sums]:
     """Launch one kernel; return the sums it made, by the number of the gradient."""
     captured = forward_pass._arguments(call, kernel.plan)
     grads = kernel.plan.grads
@@ -217,8 +242,8 @@ def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], target: str) -
     def launch(config: Config) -> int:
         tiles = -(-call.sizes["Lq"] // config.block_m)
         shares = _shares(call, grads, tiles) if kernel.kernel == QUERIES else None
-        made.update((i, _Sums(call, grads[i], tiles, shares or 1)) for i in own)
-        buffers = [made[i].buffer for i in own] + ([] if shares is None else [shares])
+        made.update((i, _Sums(call, grads[i], tiles, shares or 1, unit)) for i in own)
+        buffers = [argument for i in own for argument in made[i].arguments] + ([] if shares is None else [shares])
         run_map = call.runs(config.tile)
         table = forward_pass._device_table(run_map if kernel.kernel == QUERIES else run_map.transpose(), call.q.device)
         return forward_pass._launch(kernel.launcher(config), (*operands, call.scale, *captured, *buffers, *table))

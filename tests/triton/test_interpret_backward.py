@@ -135,21 +135,32 @@ def test_gradients_are_the_same_bits_in_every_run(program, dims):
         assert all(torch.equal(x, y) for x, y in pairs)
 
 
-def bucketed():
+def bucketed(combine):
+    """t[bucket[q, k]] added to the score or multiplied with it."""
     tensors = (TensorParam("t", FLOAT, (Size("n"),)), TensorParam("bucket", INT, (Size("Lq"), Size("Lk"))))
-    program = simple("bucketed", mask=CAUSAL, score=op("add", s, bias(BUCKET)), tensors=tensors)
+    program = simple("bucketed", mask=CAUSAL, score=op(combine, s, bias(BUCKET)), tensors=tensors)
     captured = {"t": torch.rand(5), "bucket": torch.randint(5, (40, 40))}
     return make_call(program, (1, 2, 2, 40, 40, 16, 16), captured)
 
 
-def test_an_arbitrary_index_map_is_refused_by_default():
+def test_a_term_read_through_any_map_has_integer_sums():
+    call = bucketed("add")
+    check(call)
+    o, lse = forward_pass.forward(call)
+    huge = triton_backward.backward(call, o, lse, torch.full_like(o, 1e30), None, ("t",)).captured["t"]
+    assert torch.isfinite(huge).all()
+    broken = triton_backward.backward(call, o, lse, torch.full_like(o, torch.nan), None, ("t",)).captured["t"]
+    assert broken.isnan().all()
+
+
+def test_a_factor_read_through_any_map_is_refused_by_default():
     with pytest.raises(Unavailable, match="gradient of t"):
-        both(bucketed())
+        both(bucketed("mul"))
 
 
-def test_an_arbitrary_index_map_is_served_by_atomic_additions_where_allowed():
+def test_a_factor_read_through_any_map_is_served_by_atomic_additions_where_allowed():
     backward = functools.partial(triton_backward.backward, deterministic=False)
-    cases.check(bucketed(), forward_pass.forward, backward)
+    cases.check(bucketed("mul"), forward_pass.forward, backward)
 
 
 def test_a_clamped_pair_bias_is_refused_by_default():

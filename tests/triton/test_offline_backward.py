@@ -18,7 +18,7 @@ from attnlang.codegen.triton_tiles import shared_limit
 from backward.cases import LEARNABLE, bias
 
 from attnlang.ir import INT, Load, Program, simple
-from attnlang.ir.build import clamp, h, k, op, q
+from attnlang.ir.build import clamp, const, h, k, op, q, s
 
 CASES = {case.id: case.values[0] for case in LEARNABLE}
 CAUSAL = simple("causal", mask=op("le", k, q))
@@ -120,6 +120,8 @@ def test_tiles_fit_every_head_dim():
         ((op("sub", op("add", q, 7), k),), Scatter.DIFFERENCE),
         ((clamp(op("abs", DISTANCE), 0, 9),), Scatter.DIFFERENCE),
         ((op("mul", DISTANCE, 2), op("mod", op("sub", k, q), 5)), Scatter.DIFFERENCE),
+        ((op("where", op("gt", k, q), DISTANCE, 0),), Scatter.DIFFERENCE),
+        ((op("where", op("gt", k, 3), DISTANCE, 0),), Scatter.ATOMIC),
         ((op("add", q, k),), Scatter.SUM),
         ((op("add", q, op("mul", k, 2)),), Scatter.ATOMIC),
         ((op("mul", q, k),), Scatter.ATOMIC),
@@ -130,4 +132,6 @@ def test_tiles_fit_every_head_dim():
     ],
 )
 def test_scatter_kinds(index, want):
-    assert scatter_of(bias(*index)) is want
+    assert scatter_of(bias(*index), s) is want
+    rest = Scatter.FIXED if want is Scatter.ATOMIC else want
+    assert scatter_of(bias(*index), const(1.0)) is rest
