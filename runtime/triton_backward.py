@@ -105,12 +105,17 @@ def _check(call: Call) -> str:
     return target
 
 
+def _scatter(grad: CapturedGrad) -> Scatter | None:
+    """How the gradient of a load that depends on the pair is added up, None for any other."""
+    return scatter_of(grad.load, grad.derivative) if grad.level is Level.PAIR else None
+
+
 class _Sums:
     """The buffer of one captured gradient, and the way from it to the tensor."""
 
     def __init__(self, call: Call, grad: CapturedGrad, query_tiles: int, shares: int, unit: Tensor) -> None:
         self.call, self.grad = call, grad
-        self.scatter = scatter_of(grad.load, grad.derivative) if grad.level is Level.PAIR else None
+        self.scatter = _scatter(grad)
         batch, heads, lq, lk = (call.sizes[n] for n in ("B", "H", "Lq", "Lk"))
         shape: tuple[int, ...]
         if self.scatter is None:
@@ -165,9 +170,7 @@ def _apart(call: Call, grad: CapturedGrad) -> set[str]:
 
 def _scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
     """Refuse what only atomic additions could do, unless they are allowed."""
-    if grad.level is not Level.PAIR:
-        return
-    kind = scatter_of(grad.load, grad.derivative)
+    kind = _scatter(grad)
     meets = kind is Scatter.STORE and not {"q", "k"} <= _apart(call, grad)
     if meets or (kind is Scatter.ATOMIC and deterministic):
         raise Unavailable(f"the gradient of {grad.load.tensor} would need additions in an order that is not fixed")
@@ -175,7 +178,7 @@ def _scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
 
 def _shares(call: Call, grads: tuple[CapturedGrad, ...], query_tiles: int) -> int | None:
     """Shares of the query tiles with sums of their own, None where no sums along diagonals are wanted."""
-    if not any(g.level is Level.PAIR and scatter_of(g.load, g.derivative).is_diagonal for g in grads):
+    if not any(kind and kind.is_diagonal for kind in map(_scatter, grads)):
         return None
     instances = call.sizes["B"] * call.sizes["H"]
     most = BUFFER_LIMIT // (instances * (call.sizes["Lq"] + call.sizes["Lk"]))
@@ -211,7 +214,8 @@ def backward(
     delta = torch.empty_like(lse)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.float().contiguous()
     dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-    unit = _unit(call, do, dlse)
+    has_fixed = any(_scatter(g) is Scatter.FIXED for g in kernels.plan.grads)
+    unit = _unit(call, do, dlse) if has_fixed else lse.new_ones(1)
     sums = _run(call, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse), unit, target)
     sums |= _run(call, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta), unit, target)
     parts = [sums[i].result() for i in range(len(kernels.plan.grads))]
