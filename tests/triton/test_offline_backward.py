@@ -17,10 +17,12 @@ from attnlang.codegen.triton_printer import RESERVED
 from attnlang.codegen.triton_tiles import shared_limit
 from backward.cases import LEARNABLE, bias
 
-from attnlang.ir import INT, Load, Program, simple
+from attnlang.ir import FLOAT, INT, Load, Program, Size, TensorParam, simple
 from attnlang.ir.build import clamp, const, h, k, op, q, s
 
 CASES = {case.id: case.values[0] for case in LEARNABLE}
+BUCKETS = (TensorParam("t", FLOAT, (Size("n"),)), TensorParam("bucket", INT, (Size("Lq"), Size("Lk"))))
+CASES["bucketed"] = simple("bucketed", score=op("add", s, bias(Load("bucket", (q, k), INT))), tensors=BUCKETS)
 CAUSAL = simple("causal", mask=op("le", k, q))
 DISTANCE = op("sub", q, k)
 
@@ -31,9 +33,9 @@ def plan_of(program: Program, dim: int = 64, dtype: str = "bfloat16", value_dim:
         dtype=dtype,
         head_dim=dim,
         value_dim=value_dim or dim,
-        storage={t.name: "float32" for t in program.tensors},
+        storage={t.name: "float32" if t.type is FLOAT else "int32" for t in program.tensors},
         backward=True,
-        captured_grads=[t.name for t in program.tensors],
+        captured_grads=[t.name for t in program.tensors if t.type is FLOAT],
     )
 
 
@@ -61,6 +63,8 @@ def test_causal_kernels_compile_without_spills(compiler, target, dim, kernel):
         ("cuda:90", "symmetric", KEYS),
         ("hip:gfx942", "diagonal", QUERIES),
         ("hip:gfx942", "absolute_2d", QUERIES),
+        ("cuda:80", "bucketed", QUERIES),
+        ("hip:gfx942", "bucketed", QUERIES),
     ],
 )
 def test_captured_gradients_compile(compiler, target, name, kernel):
@@ -81,7 +85,7 @@ def test_names_of_the_kernels_are_reserved(name):
         }
         values = {v.name for v in (*plan.grid, *plan.row, *plan.partial.col, *plan.partial.pair)}
         sizes = {"B", "H", "Hkv", "Lq", "Lk", *plan.sizes}
-        program = {n for n in own if n in values or n in sizes or n.startswith("t_")}
+        program = {n for n in own if n in values or n in sizes or n.startswith(("t_", "bucket_"))}
         assert [n for n in own - program if n not in RESERVED and not own_name(n)] == []
 
 
