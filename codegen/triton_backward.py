@@ -19,7 +19,7 @@ from typing import Any
 from attnlang.ir import FLOAT, Expr, Load, Op
 from attnlang.passes.levels import Level
 
-from .plan import CapturedGrad, KernelPlan, Section, Value
+from .plan import CapturedGrad, KernelPlan, Section, TensorArg, Value
 from .scatter import scatter_of
 from .triton import LINE, Config, _comment, _mask_text, _program_lines, _scalar, _wrapped, padded
 from .triton_helpers import helper_sources
@@ -170,6 +170,7 @@ class BackwardArguments:
 
 
 _SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": "k.shape[1]", "Lk": "k.shape[2]"}
+_SCATTERED = ("store", "fixed", "atomic")
 _TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
 
 
@@ -183,70 +184,93 @@ def kernel_name(kernel: str) -> str:
     return f"attention_backward_{kernel}"
 
 
+class _Parameters:
+    """Collects the parameters of a kernel in order."""
+
+    def __init__(self) -> None:
+        self.kernel: dict[str, str] = {}
+        self.host: list[str] = []
+        self.loose: list[str] = []
+        self.types: dict[str, str] = {}
+        self.last: set[str] = set()
+
+    def add(self, name: str, text: str = "", type: str = "", *, loose: bool = False) -> None:
+        """Add a kernel parameter that ``launch`` fills with ``text``; ``type`` as in ``BackwardArguments``."""
+        self.kernel[name] = text or name
+        self.loose += [name] if loose else []
+        self.types |= {name: type} if type else {}
+
+    def operands(self, types: dict[str, str], rows: tuple[str, ...]) -> None:
+        """Add tensors; ``rows`` are those [B, H, L, D] with strides."""
+        self.host += types
+        for name, type_ in types.items():
+            self.add(f"{name}_ptr", name, type_)
+        for name in rows:
+            for d, axis in enumerate("bhnd"):
+                self.add(f"{name}_stride_{axis}", f"{name}.stride({d})")
+        self.last |= {f"{name}_stride_d" for name in rows}
+
+    def captured(self, tensor: TensorArg) -> None:
+        """Add a captured tensor."""
+        name = safe_name(tensor.name)
+        own = _rename(name)
+        self.host.append(own)
+        self.add(_rename(f"{name}_ptr"), own, tensor.dtype)
+        for d in range(tensor.rank):
+            self.add(_rename(f"{name}_stride{d}"), f"{own}.stride({d})")
+        for d in range(tensor.rank):
+            self.add(_rename(f"{name}_size{d}"), f"{own}.size({d})", loose=True)
+        self.last |= {_rename(f"{name}_stride{tensor.rank - 1}")} if tensor.rank else set()
+
+    def gradient(self, name: str, kind: str, rank: int) -> None:
+        """Add the buffer of a captured gradient; one that is scattered to is [batch or 1, heads or 1, *shape]."""
+        self.host.append(name)
+        self.add(f"{name}_ptr", name, "int64" if kind == "fixed" else "float32")
+        if kind == "fixed":
+            self.host.append(f"{name}_unit")
+            self.add(f"{name}_unit", type="float32")
+        if kind not in _SCATTERED:
+            return
+        for d, axis in enumerate("bh"):
+            self.add(f"{name}_stride_{axis}", f"{name}.stride({d}) if {name}.shape[{d}] > 1 else 0", loose=True)
+        for d in range(rank):
+            self.add(f"{name}_stride{d}", f"{name}.stride({d + 2})", loose=True)
+
+
 def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
     """Return the parameters of the ``queries`` or ``keys`` kernel of a backward plan.
 
-    ``launch`` takes the tensors, scale, captured tensors, scalars, sizes the shapes of q and k do not give, one buffer
-    for each captured gradient of this kernel, ``shares`` where sums along diagonals are private to a share of the
+    ``launch`` takes the tensors, scale, captured tensors, scalars, sizes the shapes of q and k do not give, the buffers
+    of the captured gradients of this kernel, ``shares`` where sums along diagonals are private to a share of the
     queries, and the run table.
     """
-    element = plan.dtype
-    rows = {"q": element, "k": element, "v": element, "do": element}
-    rows |= {"o": element, "dq": element} if kernel == QUERIES else {"dk": element, "dv": element}
+    made = _Parameters()
+    rows = ("q", "k", "v", "do", *(("o", "dq") if kernel == QUERIES else ("dk", "dv")))
     flat = ("lse", "delta", "dlse") if kernel == QUERIES else ("lse", "delta")
-    types = {f"{name}_ptr": dtype for name, dtype in rows.items()} | {f"{name}_ptr": "float32" for name in flat}
-    pairs = [(f"{name}_ptr", name) for name in (*rows, *flat)]
-    pairs += [(f"{t}_stride_{a}", f"{t}.stride({d})") for t in rows for d, a in enumerate("bhnd")]
-    last = {f"{t}_stride_d" for t in rows}
-    pairs.append(("scale", "scale"))
-    types["scale"] = "float"
-    host, loose = [*rows, *flat, "scale"], ["scale"]
+    made.operands(dict.fromkeys(rows, plan.dtype) | dict.fromkeys(flat, "float32"), rows)
+    made.host.append("scale")
+    made.add("scale", type="float", loose=True)
     for tensor in plan.tensors:
-        name = safe_name(tensor.name)
-        own = [(f"{name}_ptr", name)]
-        own += [(f"{name}_stride{d}", f"{name}.stride({d})") for d in range(tensor.rank)]
-        sizes = [(f"{name}_size{d}", f"{name}.size({d})") for d in range(tensor.rank)]
-        pairs += [(_rename(a), _rename(b)) for a, b in own + sizes]
-        loose += [_rename(a) for a, _ in sizes]
-        types[_rename(f"{name}_ptr")] = tensor.dtype
-        last |= {_rename(f"{name}_stride{tensor.rank - 1}")} if tensor.rank else set()
-        host.append(_rename(name))
-    scalars = [_rename(safe_name(p.name)) for p in plan.scalars]
-    types |= {_rename(safe_name(p.name)): "float" for p in plan.scalars if p.type is FLOAT}
-    sizes_read = list(dict.fromkeys(("H", "Hkv", "Lq", "Lk", *plan.sizes)))
-    extra = [_rename(safe_name(n)) for n in plan.sizes if n not in _SIZES]
-    pairs += [(n, n) for n in scalars]
-    pairs += [(_rename(safe_name(n)), _SIZES.get(n, _rename(safe_name(n)))) for n in sizes_read]
-    host += [*scalars, *extra]
-    loose += [*scalars, *(_rename(safe_name(n)) for n in sizes_read)]
+        made.captured(tensor)
+    for param in plan.scalars:
+        name = _rename(safe_name(param.name))
+        made.host.append(name)
+        made.add(name, type="float" if param.type is FLOAT else "", loose=True)
+    for size in dict.fromkeys(("H", "Hkv", "Lq", "Lk", *plan.sizes)):
+        name = _rename(safe_name(size))
+        made.host += [] if size in _SIZES else [name]
+        made.add(name, _SIZES.get(size, name), loose=True)
     for i, grad in enumerate(plan.grads):
-        if not _belongs(grad, kernel):
-            continue
-        name = f"grad{i}"
-        pairs.append((f"{name}_ptr", name))
-        types[f"{name}_ptr"] = "float32"
-        host.append(name)
-        kind = _kind(grad)
-        if kind == "fixed":
-            pairs.append((f"{name}_unit", f"{name}_unit"))
-            host.append(f"{name}_unit")
-            types |= {f"{name}_ptr": "int64", f"{name}_unit": "float32"}
-        if kind in ("store", "fixed", "atomic"):  # a buffer [batch or 1, heads or 1, *shape of the tensor]
-            strides = [(f"{name}_stride_{a}", f"{name}.stride({d}) if {name}.shape[{d}] > 1 else 0")
-                       for d, a in enumerate("bh")]  # fmt: skip
-            strides += [(f"{name}_stride{d}", f"{name}.stride({d + 2})") for d in range(len(grad.load.indices))]
-            pairs += strides
-            loose += [a for a, _ in strides]
+        if _belongs(grad, kernel):
+            made.gradient(f"grad{i}", _kind(grad), len(grad.load.indices))
     if kernel == QUERIES and has_diagonals(plan):
-        pairs.append(("shares", "shares"))
-        host.append("shares")
-        loose.append("shares")
-    pairs += [(n, n) for n in _TABLE]
-    host += _TABLE
-    loose += _TABLE[4:]
-    types |= dict.fromkeys(_TABLE[:4], "int32")
-    names, texts = zip(*pairs, strict=True)
-    return BackwardArguments(names, tuple(host), texts, tuple(loose), types, frozenset(last))
+        made.host.append("shares")
+        made.add("shares", loose=True)
+    made.host += _TABLE
+    for name in _TABLE:
+        made.add(name, type="int32" if name in _TABLE[:4] else "", loose=name in _TABLE[4:])
+    names, texts = tuple(made.kernel), tuple(made.kernel.values())
+    return BackwardArguments(names, tuple(made.host), texts, tuple(made.loose), made.types, frozenset(made.last))
 
 
 def _times(first: str, factor: str) -> str:
@@ -257,6 +281,8 @@ def _loop(printer: _Printer, section: Section, plan: KernelPlan, mask: Expr | No
     printer.used.clear()
     row, col, pair = (_lines(printer, part) for part in (section.row, section.col, section.pair))
     score = "" if plan.score is None else printer.text(plan.score, Level.PAIR)
+    if plan.score is not None and plan.level(plan.score) is not Level.PAIR:
+        score += f" + tl.zeros([{'BLOCK_N, BLOCK_M' if printer.flipped else 'BLOCK_M, BLOCK_N'}], tl.float32)"
     dscore = "dlogit" if plan.dscore is None else f"dlogit * ({printer.text(plan.dscore, Level.PAIR)})"
     hidden = "" if mask is None else _mask_text(printer, mask)
     for grad in plan.grads:
@@ -275,7 +301,7 @@ def _grads(printer: _Printer, plan: KernelPlan, kernel: str) -> list[_Grad]:
     for i, grad in enumerate(plan.grads):
         if _belongs(grad, kernel):
             kind = _kind(grad)
-            offsets = printer.offsets(grad.load, f"grad{i}") if kind in ("store", "fixed", "atomic") else []
+            offsets = printer.offsets(grad.load, f"grad{i}") if kind in _SCATTERED else []
             value = _times("dlogit", printer.text(grad.derivative, Level.PAIR))
             out.append(_Grad(f"grad{i}", kind, value, offsets, _comment(str(grad.load.tensor))))
     return out

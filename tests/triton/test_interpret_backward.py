@@ -68,6 +68,12 @@ def test_full_attention_without_a_score():
     check(make_call(simple("full"), (1, 2, 2, 40, 70, 16, 16), {}))
 
 
+@pytest.mark.parametrize("index", [(), (q,), (k,), (h,)])
+def test_scores_that_ignore_the_product(index):
+    program = simple("ignore", score=op("exp", bias(*index)), tensors=cases.tensor(*("n" for _ in index)))
+    check(make_call(program, (1, 2, 2, 40, 70, 16, 16), {"t": torch.rand((80,) * len(index))}))
+
+
 def test_softcap():
     score = op("mul", op("tanh", op("div", s, 5.0)), 5.0)
     check(make_call(simple("softcap", mask=CAUSAL, score=score), (1, 2, 2, 50, 50, 16, 16), {}))
