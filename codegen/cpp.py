@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -81,39 +82,41 @@ def _environment() -> jinja2.Environment:
 def emit(plan: KernelPlan, isa: Isa) -> str:
     """Return the C++ source of the forward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
     printer = CppPrinter(plan)
+    full = loop_text(printer, plan.full, plan.score, None)
+    partial = loop_text(printer, plan.partial, plan.score, plan.mask)
+    text = kernel_text(printer, isa)
+    return render("cpp_forward.j2", **text, arguments=arguments(plan, isa), full=full, partial=partial)
+
+
+def render(template: str, **text: Any) -> str:
+    """Render a template of the target; a name it misses is an error."""
+    return _environment().get_template(template).render(**text)
+
+
+def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
+    """Return the text every kernel of a plan needs; call it last, when ``printer`` knows all the helpers."""
+    plan = printer.plan
     grid = [_declare(printer, v) for v in plan.grid]
-    row_declarations = [f"{VECTORS[plan.width(v.expr)]} {v.name}[ROW_VECTORS];" for v in plan.row]
     row = [line for v in plan.row for line in (f"// {v.comment}", f"{v.name}[w] = {printer.value(v)};")]
-    full = _loop(printer, plan.full, plan.score, None)
-    partial = _loop(printer, plan.partial, plan.score, plan.mask)
-    key_batch = printer.text(plan.key_batch, Level.GRID)
-    key_head = printer.text(plan.key_head, Level.GRID)
-    return (
-        _environment()
-        .get_template("cpp_forward.j2")
-        .render(
-            header=_header(plan, isa),
-            isa=isa,
-            head_dim=plan.head_dim,
-            value_dim=plan.value_dim,
-            element=ELEMENTS[plan.dtype],
-            arguments=arguments(plan, isa),
-            operators=printer.helpers | {need for name in printer.helpers for need in _NEEDS.get(name, ())},
-            poly=_POLYNOMIALS,
-            grid=grid,
-            row=row,
-            row_declarations=row_declarations,
-            uses_query=_reads_query(plan),
-            query_type=VECTORS[Width.I32],
-            full=full,
-            partial=partial,
-            key_batch=key_batch,
-            key_head=key_head,
-            fold="(float)a.scale" if plan.score is not None else "(float)(a.scale * 1.4426950408889634)",
-            unit="LOG2_E" if plan.score is not None else "1.0f",
-            key_blocks=_block_sizes(isa.keys),
-        )
-    )
+    addresses = {name: printer.text(getattr(plan, name), Level.GRID) for name in ("key_batch", "key_head")}
+    return {
+        "header": _header(plan, isa),
+        "isa": isa,
+        "head_dim": plan.head_dim,
+        "value_dim": plan.value_dim,
+        "element": ELEMENTS[plan.dtype],
+        "operators": printer.helpers | {need for name in printer.helpers for need in _NEEDS.get(name, ())},
+        "poly": _POLYNOMIALS,
+        "grid": grid,
+        "row": row,
+        "row_declarations": [f"{VECTORS[plan.width(v.expr)]} {v.name}[ROW_VECTORS];" for v in plan.row],
+        "uses_query": _reads_query(plan),
+        "query_type": VECTORS[Width.I32],
+        "fold": "(float)a.scale" if plan.score is not None else "(float)(a.scale * 1.4426950408889634)",
+        "unit": "LOG2_E" if plan.score is not None else "1.0f",
+        "key_blocks": _block_sizes(isa.keys),
+        **addresses,
+    }
 
 
 def _block_sizes(keys: int) -> list[int]:
@@ -145,7 +148,7 @@ def _declare(printer: CppPrinter, value: Value) -> str:
     return f"const {kinds[printer.plan.width(value.expr)]} {value.name} = {text};  {_comment(value.comment)}"
 
 
-def _loop(printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None) -> _Loop:
+def loop_text(printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None) -> _Loop:
     col = [_declare(printer, v) for v in section.col]
     pair = [_declare(printer, v) for v in section.pair]
     roots = [e for e in (score, mask) if e is not None]
@@ -169,5 +172,6 @@ def _is_axis(node: Expr, axis: str) -> bool:
 
 
 def _reads_query(plan: KernelPlan) -> bool:
-    roots = [e for e in (plan.score, plan.mask) if e is not None]
+    roots = [e for e in (plan.score, plan.mask, plan.dscore) if e is not None]
+    roots += [e for g in plan.grads for e in (g.derivative, *g.load.indices)]
     return any(_is_axis(n, "q") for n in postorder(*roots))

@@ -13,9 +13,9 @@ from attnlang.ir import Expr, Index, Load, postorder
 from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
 
-from . import cpp
+from .cpp import kernel_text, loop_text, render
 from .cpp_arguments import Arguments, Field, arguments
-from .cpp_printer import ELEMENTS, VECTORS, CppPrinter
+from .cpp_printer import CppPrinter
 from .isa import Isa
 from .plan import CapturedGrad, KernelPlan, Section
 
@@ -93,9 +93,9 @@ def private_axes(load: Load) -> frozenset[str]:
     return frozenset("bhq") - plain
 
 
-def backward_arguments(plan: KernelPlan) -> Arguments:
+def backward_arguments(plan: KernelPlan, isa: Isa) -> Arguments:
     """Return the argument record of the backward kernel: the forward record and what gradients need."""
-    base = arguments(plan)
+    base = arguments(plan, isa)
     extra = [
         Field("dout", "const void *", ("pointer", "dout")),
         Field("delta", "const float *", ("pointer", "delta")),
@@ -134,56 +134,29 @@ def _grad(printer: _Printer, grad: CapturedGrad, number: int) -> _GradText:
 def _section(
     printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None, dscore: Expr | None
 ) -> _Section:
-    text = cpp._loop(printer, section, score, mask)
+    text = loop_text(printer, section, score, mask)
     dtext = "dlogit" if dscore is None else f"dlogit * ({printer.text(dscore, Level.PAIR)})"
     roots = [v.expr for v in (*section.col, *section.pair)] + [e for e in (score, mask, dscore) if e is not None]
     uses_key = any(isinstance(n, Index) and n.axis == "k" for n in postorder(*roots))
     return _Section(text.col, text.pair, text.score, text.mask, dtext, uses_key)
 
 
-def _reads_query(row: list[str], full: _Section, partial: _Section, grads: list[_GradText]) -> bool:
-    text = [*row, *full.pair, *partial.pair]
-    text += [full.score, full.dscore, partial.score, partial.mask]
-    return "query[w]" in "".join(text + [g.derivative + g.offset for g in grads])
-
-
 def emit_backward(plan: KernelPlan, isa: Isa) -> str:
     """Return the C++ source of the backward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
     printer = _Printer(plan)
-    grid = [cpp._declare(printer, v) for v in plan.grid]
-    row_declarations = [f"{VECTORS[plan.width(v.expr)]} {v.name}[ROW_VECTORS];" for v in plan.row]
-    row = [line for v in plan.row for line in (f"// {v.comment}", f"{v.name}[w] = {printer.value(v)};")]
     full = _section(printer, plan.full, plan.score, None, plan.dscore)
     partial = _section(printer, plan.partial, plan.score, plan.mask, plan.dscore)
     grads = [_grad(printer, g, i) for i, g in enumerate(plan.grads)]
-    key_batch, key_head = (printer.text(e, Level.GRID) for e in (plan.key_batch, plan.key_head))
-    record = backward_arguments(plan)
-    return (
-        cpp._environment()
-        .get_template("cpp_backward.j2")
-        .render(
-            header=cpp._header(plan, isa),
-            isa=isa,
-            head_dim=plan.head_dim,
-            value_dim=plan.value_dim,
-            element=ELEMENTS[plan.dtype],
-            arguments=record,
-            size_locals=[line for line in record.locals if " n_" in line],
-            operators=printer.helpers | {need for name in printer.helpers for need in cpp._NEEDS.get(name, ())},
-            poly=cpp._POLYNOMIALS,
-            grid=grid,
-            row=row,
-            row_declarations=row_declarations,
-            uses_query=_reads_query(row, full, partial, grads),
-            query_type=VECTORS[Width.I32],
-            full=full,
-            partial=partial,
-            grads=grads,
-            key_batch=key_batch,
-            key_head=key_head,
-            fold="(float)a.scale" if plan.score is not None else "(float)(a.scale * 1.4426950408889634)",
-            unit="LOG2_E" if plan.score is not None else "1.0f",
-            key_blocks=cpp._block_sizes(isa.keys),
-            entry=ENTRY,
-        )
+    record = backward_arguments(plan, isa)
+    sizes = [line for line in record.locals if " n_" in line]
+    text = kernel_text(printer, isa)
+    return render(
+        "cpp_backward.j2",
+        **text,
+        arguments=record,
+        size_locals=sizes,
+        full=full,
+        partial=partial,
+        grads=grads,
+        entry=ENTRY,
     )

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import struct
-import threading
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from attnlang.codegen.cpp_backward import ENTRY, backward_arguments, emit_backward, private_axes
-from attnlang.codegen.isa import COMMON_FLAGS, Isa
-from attnlang.codegen.plan import CapturedGrad, KernelPlan, make_plan
+from attnlang.codegen.isa import Isa
+from attnlang.codegen.plan import CapturedGrad
 
 from attnlang.ir import KEY_ADDRESS, Index
 from attnlang.passes.levels import Level
 
-from . import cpp
-from .cache import Cache
 from .call import Call
 from .captured_grads import Gradients, bring_back, total
+from .cpp import select_isa
+from .cpp_common import KernelCache, Loaded, plan_of, schedule_of
 from .errors import Unavailable
-from .toolchain import compile_library, find_compiler
 
 __all__ = ["Gradients", "backward"]
 
@@ -35,62 +26,12 @@ BUFFER_LIMIT = 1 << 28
 """Floats of private buffers a scattered gradient may take before the PyTorch fallback is used."""
 
 
-class _Kernel:
-    """A loaded backward kernel."""
-
-    def __init__(self, plan: KernelPlan, isa: Isa, library: Path) -> None:
-        self.plan, self.isa = plan, isa
-        fields = backward_arguments(plan).fields
-        self._pack = struct.Struct("=" + "".join(f.code for f in fields)).pack
-        self._getters = tuple(map(cpp._getter, fields))
-        self._entry = getattr(ctypes.CDLL(str(library)), ENTRY)
-        self._entry.argtypes = (ctypes.c_char_p, ctypes.c_int)
-        self._entry.restype = None
-
-    def __call__(self, call: Call, tensors: Mapping[str, Tensor], schedule: Any, threads: int) -> None:
-        self._entry(self._pack(*(get(call, tensors, schedule) for get in self._getters)), threads)
+def _make(call: Call, isa: Isa, wide: bool, wanted: tuple[str, ...]) -> Loaded:
+    plan = plan_of(call, wide, wanted)
+    return Loaded(plan, isa, emit_backward(plan, isa), backward_arguments(plan, isa), ENTRY)
 
 
-_kernels: dict[tuple[Any, ...], tuple[Any, _Kernel]] = {}
-_lock = threading.Lock()
-
-
-def _kernel(call: Call, isa: Isa, wanted: tuple[str, ...]) -> _Kernel:
-    dtypes = tuple(t.dtype for t in call.tensors.values())
-    wide = cpp._is_wide(call)
-    key = (id(call.program), call.q.dtype, call.q.shape[3], call.v.shape[3], dtypes, wide, isa, wanted)
-    found = _kernels.get(key)
-    if found is not None:
-        return found[1]
-    with _lock:
-        if key not in _kernels:
-            cpp._plan(call, wide)  # refuses what this backend cannot run
-            plan = make_plan(
-                call.program,
-                dtype=cpp.DTYPES[call.q.dtype],
-                head_dim=call.q.shape[3],
-                value_dim=call.v.shape[3],
-                storage=call.storage,
-                wide=wide,
-                backward=True,
-                captured_grads=wanted,
-            )
-            _kernels[key] = (call.program, _build(plan, isa))
-        return _kernels[key][1]
-
-
-def _build(plan: KernelPlan, isa: Isa) -> _Kernel:
-    compiler = find_compiler()
-    source = emit_backward(plan, isa)
-    recipe = "\0".join((source, *COMMON_FLAGS, *isa.flags, compiler.identity))
-    key = f"cpp-{plan.digest}-{isa.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}"
-
-    def build(library: Path) -> None:
-        path = library.with_suffix(".cpp")
-        path.write_text(source)
-        compile_library(compiler, path, library, isa.flags)
-
-    return _Kernel(plan, isa, Cache().get_or_build(key, cpp.LIBRARY, build))
+_kernels = KernelCache(_make)
 
 
 def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, wanted: tuple[str, ...]) -> Gradients:
@@ -108,8 +49,8 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
         raise Unavailable("the C++ backward pass takes the default key address only")
     if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
         raise Unavailable("nothing to run")
-    isa = cpp.select_isa(call.q.shape[2])
-    kernel = _kernel(call, isa, wanted)
+    isa = select_isa(call.q.shape[2])
+    kernel = _kernels.get(call, isa, wanted)
     (batch, heads, lq, dim), (kv_batch, kv_heads, lk, _) = call.q.shape, call.k.shape
     blocks = -(-lq // isa.rows)
     splits = max(1, min(blocks, SHARES // (kv_batch * kv_heads)))
@@ -132,7 +73,7 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
     }
     for i, grad in enumerate(kernel.plan.grads):
         tensors[f"d{i}"] = _buffer(call, grad, splits, blocks)
-    kernel(call, tensors, cpp._schedule(call, isa), torch.get_num_threads())
+    kernel.run(call, tensors, schedule_of(call, isa), torch.get_num_threads())
     parts = [_gather(call, grad, tensors[f"d{i}"]) for i, grad in enumerate(kernel.plan.grads)]
     captured = total(call, wanted, kernel.plan.grads, parts)
     dk, dv = (

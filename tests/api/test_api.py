@@ -169,11 +169,11 @@ def test_run_map_and_explain():
 
 
 def test_one_kernel_for_all_lengths_and_values(monkeypatch):
-    from attnlang.runtime import cpp
+    from attnlang.runtime import cpp_common
 
     built = []
-    build = cpp._build
-    monkeypatch.setattr(cpp, "_build", lambda *args: built.append(args) or build(*args))
+    build = cpp_common._built
+    monkeypatch.setattr(cpp_common, "_built", lambda *args: built.append(args) or build(*args))
     attention = al.compile(al.program(mask=lambda b, h, q, k: q - k < 17))
     for length, heads in ((100, 1), (300, 4), (1000, 2)):
         attention(*operands(length, heads))

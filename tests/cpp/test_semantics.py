@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from attnlang.runtime import cpp
+from attnlang.runtime.cpp_common import schedule_of
 from attnlang.runtime.errors import Unavailable
 from hypothesis import given, settings
 
@@ -84,8 +85,8 @@ def test_half_types_lose_no_more_than_dense_pytorch(dtype: torch.dtype, unit: fl
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_thread_counts_agree_bit_for_bit(threads: int) -> None:
     call = make_call(CAUSAL, *qkv(3, 2, 200, 200))
-    one = cpp._kernel(call, isa := cpp.select_isa(200))(call, cpp._schedule(call, isa), 1)
-    many = cpp._kernel(call, isa)(call, cpp._schedule(call, isa), threads)
+    one = cpp._kernels.get(call, isa := cpp.select_isa(200))(call, schedule_of(call, isa), 1)
+    many = cpp._kernels.get(call, isa)(call, schedule_of(call, isa), threads)
     assert all(torch.equal(a, c) for a, c in zip(one, many, strict=True))
 
 
@@ -167,7 +168,7 @@ def test_many_short_calls_on_many_threads() -> None:
     calls = [
         make_call(CAUSAL, *(x.to(dtype) for x in qkv(2, 2, 100, 100))) for dtype in (torch.float32, torch.bfloat16)
     ]
-    kernels = [(cpp._kernel(c, isa := cpp.select_isa(100)), cpp._schedule(c, isa)) for c in calls]
+    kernels = [(cpp._kernels.get(c, isa := cpp.select_isa(100)), schedule_of(c, isa)) for c in calls]
     want = [kernel(call, runs, 1) for call, (kernel, runs) in zip(calls, kernels, strict=True)]
     for i in range(300):
         kernel, runs = kernels[i % 2]
