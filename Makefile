@@ -1,6 +1,7 @@
 # make setup     create .venv with pinned versions (does nothing when it is up to date)
 # make demo      compile a program of your own kind, run it, check it, time it, draw it
 # make test      every test;   make test-triton: the Triton tests under Triton 3.6 and under the newest release
+# make test-long the slow comparisons, every library program at 4096 tokens
 # make lint      style, formatting, types
 # make bench     all benchmarks; results go to benchmarks/results/
 # make clean     remove what was built (environments stay; `make distclean` removes them too)
@@ -17,7 +18,7 @@ STAMP   := $(VENV)/.attnlang-setup
 STAMP36 := $(VENV36)/.attnlang-setup
 PIP     := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: setup demo test test-triton lint format bench fuzz clean distclean help
+.PHONY: setup demo test test-long test-triton lint format bench fuzz fuzz-sparsity clean distclean help
 .DELETE_ON_ERROR:
 
 help:
@@ -46,6 +47,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
+# Every library program at 4096 tokens against dense float64: too slow for every change.
+test-long: setup
+	$(BIN)/python -m pytest -n $(JOBS) -m long tests
+
 test-triton: setup $(STAMP36)
 	$(BIN)/python -m pytest -W error::DeprecationWarning tests/triton
 	$(VENV36)/bin/python -m pytest -W error::DeprecationWarning tests/triton
@@ -61,6 +66,8 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/cpu_forward.py
+	$(BIN)/python benchmarks/cpu_forward.py --dtype bfloat16
+	$(BIN)/python benchmarks/cpu_backward.py
 	$(BIN)/python benchmarks/first_call.py
 	$(BIN)/python benchmarks/sparsity.py
 	$(BIN)/python benchmarks/memory.py
@@ -68,7 +75,7 @@ bench: setup
 	$(BIN)/python benchmarks/report.py
 
 # The soundness property tests with a hundred times the examples of a test run.
-fuzz: setup
+fuzz fuzz-sparsity: setup
 	ATTNLANG_FUZZ=100 $(BIN)/python -m pytest -n $(JOBS) tests/sparsity
 
 clean:
