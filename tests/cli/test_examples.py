@@ -78,7 +78,7 @@ def test_cpu_benchmark_cases_count_their_pairs(monkeypatch: pytest.MonkeyPatch, 
     common, benchmark = load("benchmarks/common.py"), load("benchmarks/cpu_forward.py")
     import attnlang as al
 
-    for case in benchmark.cases(640):
+    for case in benchmark.cases(640, torch.float32):
         attention = al.compile(case.program)
         q = torch.randn(1, 8, 640, 16)
         bound = attention._binder.bind(q, q, q, dict(case.values or {}))
