@@ -181,7 +181,7 @@ def save(name: str, rows: Iterable[Any], device: torch.device | None = None, **m
     RESULTS.mkdir(exist_ok=True)
     content = {
         "benchmark": name,
-        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
+        "command": " ".join(("python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:])),
         "machine": machine(device),
         **more,
         "rows": [row if isinstance(row, dict) else asdict(row) for row in rows],

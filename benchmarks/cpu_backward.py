@@ -1,4 +1,4 @@
-"""Training steps on the CPU: forward and backward against SDPA, and against dense autograd where SDPA has no mask for it.
+"""Training steps on the CPU: forward and backward against SDPA, and against dense autograd for masks SDPA lacks.
 
 Also what gradients of captured tensors add to the backward pass, and memory as the length grows. flex_attention is not
 in the table because its backward pass refuses to run on a CPU. ``--quick`` takes N = 512 and saves nothing.
@@ -123,7 +123,7 @@ def captured(length: int, dim: int) -> list[dict[str, object]]:
             }
         )
         print(
-            "{case:<32} backward {without_ms:8.1f} ms, with its gradient {with_ms:8.1f} ms (+{added_percent:.0f} %)".format(
+            "{case:<32} backward {without_ms:8.1f} ms, with gradient {with_ms:8.1f} ms (+{added_percent:.0f} %)".format(
                 **rows[-1]
             )
         )

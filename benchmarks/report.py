@@ -71,6 +71,28 @@ def sparsity(rows: Rows) -> list[str]:
     return [*lines, "", *table(["mask", *(f"`{n}`" for n in names)], cells)] if beside else lines
 
 
+def training(rows: Rows) -> list[str]:
+    """Training steps beside a peer, and what gradients of captured tensors add to the backward pass."""
+    steps = [
+        [r["case"], f"{r['attnlang_ms']:.0f}", f"{r['peer']}: {r['peer_ms']:.0f} ({r['ratio']:.1f}x)"]
+        for r in rows
+        if r["table"] == "peers"
+    ]
+    added = [
+        [r["case"], f"{r['without_ms']:.0f}", f"{r['with_ms']:.0f} (+{max(0.0, r['added_percent']):.0f} %)"]
+        for r in rows
+        if r["table"] == "captured"
+    ]
+    head = table(["forward and backward, ms", "`attnlang`", "peer"], steps)
+    return [*head, "", *table(["backward, ms", "without its gradient", "with it"], added)]
+
+
+def memory(rows: Rows) -> list[str]:
+    """Time and resident memory as the length grows."""
+    cells = [[f"{r['length']:,}", f"{r['seconds']:.2f}", f"{r['peak_mb']:.0f}", f"{r['tensors_mb']:.0f}"] for r in rows]
+    return table(["tokens", "seconds", "peak of the process, MB", "q, k, v and o alone, MB"], cells)
+
+
 def resources(rows: Rows) -> list[str]:
     """What the GPU kernels of the library need, at most, for each target and head dimension."""
     lines = []
@@ -85,10 +107,12 @@ def resources(rows: Rows) -> list[str]:
 
 TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "cpu_forward": ("Forward on the CPU, N = 4096, H = 8, D = 64: milliseconds a call", comparison),
+    "cpu_forward_bfloat16": ("The same in bfloat16", comparison),
+    "cpu_backward": ("Training steps on the CPU, H = 8 (flex_attention refuses to train there)", training),
     "gpu": ("Forward on a GPU: milliseconds a call", comparison),
     "first_call": ("The first call of a new process", plain),
     "sparsity": ("Finding the block structure of a mask", sparsity),
-    "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", plain),
+    "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", memory),
     "gpu_resources": ("Kernels compiled for GPUs that need not be here, all library programs", resources),
 }
 
@@ -103,7 +127,15 @@ def section(path: Path) -> list[str]:
         where = ", ".join(f"{name} {value}" for name, value in where.items())
     title, render = TABLES.get(path.stem, (path.stem.replace("_", " "), plain))
     place = f" on: {where}" if where else ""
-    return [f"**{title}**", "", *render(rows), "", f"Measured by `benchmarks/{path.stem}.py`{place}.", ""]
+    command = content.get("command") if isinstance(content, dict) else None
+    return [
+        f"**{title}**",
+        "",
+        *render(rows),
+        "",
+        f"Measured by `{command or f'benchmarks/{path.stem}.py'}`{place}.",
+        "",
+    ]
 
 
 def main() -> int:

@@ -154,8 +154,8 @@ def _autograd_backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tupl
     )
     grads = [g if need else None for g, need in zip(rest, ctx.needs, strict=True)]
     # PyTorch takes a list of numbers for one argument, but an empty list for a list of tensors
-    ints, floats = (None if numbers else [] for numbers in (ctx.ints, ctx.floats))
-    return dq, dk, dv, grads, ints, floats, None, None
+    none: list[list[Any] | None] = [None if numbers else [] for numbers in (ctx.ints, ctx.floats)]
+    return dq, dk, dv, grads, *none, None, None
 
 
 for _name, _run, _fake in (("attend", _forward, _fake_forward), ("attend_backward", _backward, _fake_backward)):
