@@ -19,7 +19,7 @@ from attnlang.passes.levels import Level
 
 from .plan import KernelPlan, Section, Value
 from .triton_helpers import helper_sources
-from .triton_printer import TritonPrinter, safe_name
+from .triton_printer import TritonPrinter, precedence, safe_name
 
 __all__ = ["Arguments", "Config", "arguments", "emit", "padded"]
 
@@ -154,10 +154,25 @@ def _spread_root(printer: TritonPrinter, plan: KernelPlan, root: Expr) -> str:
 
 
 def _mask_text(printer: TritonPrinter, mask: Expr) -> str:
+    """Print a mask as an operand of ``&``."""
     text = printer.text(mask, Level.PAIR)
-    if text in ("True", "False"):
-        return f"({text})"
-    return text if re.fullmatch(r"[\w.]+(\[[^ ]*, [^ ]*\])?", text) else f"({text})"
+    return text if precedence(text) >= precedence("a & b") else f"({text})"
+
+
+def _mask_lines(text: str) -> list[str]:
+    """Split a mask that is too long for one line at its conjunctions."""
+    head = "            visible = inside[None, :] & "
+    if len(head) + len(text) <= LINE or precedence(text) != precedence("a & b"):
+        return [f"visible = inside[None, :] & {text}"]
+    terms, depth = [""], 0
+    for char in text:
+        depth += (char in "([") - (char in ")]")
+        if char == "&" and depth == 0:
+            terms.append("")
+        else:
+            terms[-1] += char
+    terms = [t.strip() for t in terms]
+    return [f"visible = inside[None, :] & {terms[0]}", *(f"visible = visible & {t}" for t in terms[1:])]
 
 
 def _scalar(text: str) -> str:
@@ -205,7 +220,7 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
         "scored": plan.score is not None,
         "masked": plan.mask is not None,
         "score": None if plan.score is None else _spread_root(printer, plan, plan.score),
-        "mask": None if plan.mask is None else _mask_text(printer, plan.mask),
+        "mask_lines": [] if plan.mask is None else _mask_lines(_mask_text(printer, plan.mask)),
         "distance": full["distance"] or partial["distance"],
         "grid_values": _lines(printer, plan.grid),
         "row_values": _lines(printer, plan.row),

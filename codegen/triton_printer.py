@@ -19,7 +19,7 @@ from .plan import KernelPlan
 from .printer import Printer
 from .triton_helpers import HELPERS
 
-__all__ = ["RESERVED", "TritonPrinter", "safe_name"]
+__all__ = ["RESERVED", "TritonPrinter", "precedence", "safe_name", "top_operators"]
 
 _TEMPLATE_NAMES = """
 acc attention_forward b bh d_idx d_mask decay descriptor dv_idx dv_mask first_tile float full_ptr full_runs h inside
@@ -42,20 +42,44 @@ def safe_name(name: str) -> str:
     return f"{name}_" if taken or name.startswith("_") or name.endswith("_") else name
 
 
+_PRECEDENCE = {"*": 6, "/": 6, "//": 6, "%": 6, "+": 5, "-": 5, "<<": 4, ">>": 4, "&": 3, "^": 2, "|": 1}
+_TERM = 7
+
+
 class _Text(str):
-    """Text of an argument; the format spec ``p`` asks for parentheses unless it is a single term."""
+    """Text of an operand, with parentheses where its place asks for them.
+
+    The format spec is the precedence of the operator it stands beside, with ``r`` if equal precedence needs
+    parentheses too; ``p`` asks for a single term.
+    """
 
     def __format__(self, spec: str) -> str:
-        return str(self) if spec != "p" or _is_term(self) else f"({self})"
+        have = precedence(self)
+        if not spec:
+            return str(self)
+        if spec == "p":
+            wrap = have < _TERM or self[0] in "-~"
+        else:
+            wrap = have < int(spec[0]) + ("r" in spec)
+        return f"({self})" if wrap else str(self)
+
+
+def precedence(text: str) -> int:
+    """Return the lowest precedence among the operators of ``text`` outside brackets; comparisons have 0."""
+    return min((_PRECEDENCE.get(op, 0) for op in top_operators(text)), default=_TERM)
+
+
+def top_operators(text: str) -> list[str]:
+    """Return the infix operators of ``text`` outside brackets: operators, and nothing else, stand between spaces."""
+    depth, outside = 0, []
+    for char in text:
+        depth += (char in "([") - (char in ")]")
+        outside.append(char if depth == 0 and char not in "()[]" else "x")
+    return "".join(outside).split(" ")[1::2]
 
 
 def _is_term(text: str) -> bool:
-    depth = 0
-    for char in text:
-        depth += (char in "([") - (char in ")]")
-        if char == " " and depth == 0:
-            return False
-    return text[0] not in "-~"
+    return precedence(text) == _TERM
 
 
 def _literal(value: float) -> str:
@@ -73,30 +97,30 @@ class TritonPrinter(Printer):
     """
 
     formats: Mapping[str, str] = {
-        "add": "{0:p} + {1:p}",
-        "sub": "{0:p} - {1:p}",
-        "mul": "{0:p} * {1:p}",
-        "div": "{0:p} / {1:p}",
+        "add": "{0:5} + {1:5r}",
+        "sub": "{0:5} - {1:5r}",
+        "mul": "{0:6} * {1:6r}",
+        "div": "{0:6} / {1:6r}",
         "neg": "-{0:p}",
         "abs": "tl.abs({0})",
         "pow": "power({0}, {1})",
-        "bitand": "{0:p} & {1:p}",
-        "bitor": "{0:p} | {1:p}",
-        "bitxor": "{0:p} ^ {1:p}",
+        "bitand": "{0:3} & {1:3r}",
+        "bitor": "{0:1} | {1:1r}",
+        "bitxor": "{0:2} ^ {1:2r}",
         "bitnot": "~{0:p}",
-        "and": "{0:p} & {1:p}",
-        "or": "{0:p} | {1:p}",
-        "xor": "{0:p} ^ {1:p}",
+        "and": "{0:3} & {1:3r}",
+        "or": "{0:1} | {1:1r}",
+        "xor": "{0:2} ^ {1:2r}",
         "not": "~{0:p}",
-        "lt": "{0:p} < {1:p}",
-        "le": "{0:p} <= {1:p}",
-        "gt": "{0:p} > {1:p}",
-        "ge": "{0:p} >= {1:p}",
-        "eq": "{0:p} == {1:p}",
-        "ne": "{0:p} != {1:p}",
+        "lt": "{0:0r} < {1:0r}",
+        "le": "{0:0r} <= {1:0r}",
+        "gt": "{0:0r} > {1:0r}",
+        "ge": "{0:0r} >= {1:0r}",
+        "eq": "{0:0r} == {1:0r}",
+        "ne": "{0:0r} != {1:0r}",
         "where": "tl.where({0}, {1}, {2})",
         "to_float": "{0:p}.to(tl.float32)",
-        "to_bool": "{0:p} != 0",
+        "to_bool": "{0:0r} != 0",
         "exp": "tl.exp({0})",
         "exp2": "tl.exp2({0})",
         "expm1": "expm1({0})",
@@ -163,7 +187,7 @@ class TritonPrinter(Printer):
     def _for_interpreter(self, node: Op, text: str) -> str:
         """The interpreter stores a scalar comparison in the type of its operands, where ``~`` and ``|`` go wrong."""
         if node.op == "not":
-            return f"{_Text(text.removeprefix('~')):p} == 0"
+            return f"{_Text(text.removeprefix('~')):0r} == 0"
         if self.plan.level(node) is Level.GRID and node.args[0].type is FLOAT:
             return f"tl.where({text}, 1, 0) != 0"
         return text
@@ -186,10 +210,10 @@ class TritonPrinter(Printer):
         if isinstance(divisor, Const) and int(divisor.value) > 0 and int(divisor.value).bit_count() == 1:
             amount = int(divisor.value).bit_length() - 1 if exact == "//" else int(divisor.value) - 1
             text = _Text(self.argument(node, dividend, at))
-            return f"{text:p} {'>>' if exact == '//' else '&'} {amount}"
+            return f"{text:4} >> {amount}" if exact == "//" else f"{text:3} & {amount}"
         positive = self.plan.never_zero(divisor) and self.plan.never_negative(divisor)
         if positive and self.plan.never_negative(dividend):
-            return self._apply(f"{{0:p}} {exact} {{1:p}}", node, at)
+            return self._apply(f"{{0:6}} {exact} {{1:6r}}", node, at)
         kind = f"{general}_positive" if positive else general
         return self._apply(f"{kind}({{0}}, {{1}})", node, at)
 
@@ -223,8 +247,8 @@ class TritonPrinter(Printer):
         value, distance = (_Text(self.argument(node, a, at)) for a in node.args)
         known = node.args[1]
         if isinstance(known, Const):
-            return f"{value:p} {symbol} {min(max(int(known.value), 0), bits)}"
-        return f"{value:p} {symbol} tl.minimum(tl.maximum({distance}, 0), {bits})"
+            return f"{value:4} {symbol} {min(max(int(known.value), 0), bits)}"
+        return f"{value:4} {symbol} tl.minimum(tl.maximum({distance}, 0), {bits})"
 
     def _op_shl(self, node: Op, at: Level) -> str:
         return self._shift(node, at, "<<")
@@ -287,13 +311,12 @@ class TritonPrinter(Printer):
         for dim, (index, guard) in enumerate(zip(node.indices, guards, strict=True)):
             level = self.plan.level(index)
             text = self._position(index, f"{name}_size{dim}", guard, level)
-            parts[level].append(f"{_Text(text):p} * {name}_stride{dim}")
+            parts[level].append(f"{_Text(text):6} * {name}_stride{dim}")
         offsets = []
         for level, terms in parts.items():
-            joined = _Text(" + ".join(terms))
             if terms:
-                offsets.append(f"{joined:p}" if at is Level.GRID else self._spread(joined, level, at))
-        address = " + ".join([f"{name}_ptr", *(f"({t})" if not _is_term(t) else t for t in offsets)])
+                offsets.append(self._spread(" + ".join(terms), level, at))
+        address = " + ".join([f"{name}_ptr", *offsets])
         return self._loaded(node, f"tl.load({address})")
 
     def _position(self, index: Expr, size: str, guard: tuple[bool, bool], level: Level) -> str:

@@ -1,8 +1,8 @@
 """The reference semantics: dense attention in float64, written to be read rather than to be fast.
 
 A pair (q, k) that the mask excludes does not exist: its score is never evaluated. A row without visible keys, or whose
-scores are all -inf, has output 0 and lse -inf. Everything here is built of differentiable torch operations, so its autograd gradients are the
-reference for gradients.
+scores are all -inf, has output 0 and lse -inf. Everything here is built of differentiable torch operations, so its
+autograd gradients are the reference for gradients.
 """
 
 from __future__ import annotations

@@ -11,8 +11,11 @@ from .intervals import value_range
 
 __all__ = ["NARROW_LIMIT", "Width", "assumptions", "widths"]
 
-NARROW_LIMIT = 2**30
-"""Kernels of the narrow kind are launched only when every length and int parameter is below this in magnitude."""
+NARROW_LIMIT = 2**28
+"""Kernels of the narrow kind are launched only when every length and int parameter is below this in magnitude.
+
+Small enough that sums of a few of them, as in ``q - k + window - 1``, are proved to fit int32.
+"""
 
 INT_RANGES = {
     "int8": (-(2**7), 2**7 - 1),
