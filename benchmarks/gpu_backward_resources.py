@@ -17,12 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from attnlang import library
 from attnlang.codegen.offline import Compiler, CompilerFailed
 from attnlang.codegen.offline_backward import compile_backward
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.codegen.triton_backward import KEYS, QUERIES
-
-from attnlang import library
 from attnlang.ir import BOOL, FLOAT, INT, Program
 from attnlang.passes.specialise import specialise
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from attnlang.codegen.plan import CapturedGrad
 
+from attnlang.codegen.plan import CapturedGrad
 from attnlang.ir import Environment, Index, Load, evaluate, postorder
 
 from .call import Call

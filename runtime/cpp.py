@@ -7,6 +7,7 @@ import functools
 import os
 
 import torch
+
 from attnlang.codegen.cpp import ENTRY, SPACE, emit
 from attnlang.codegen.cpp_arguments import arguments
 from attnlang.codegen.isa import AMX, ISAS, Isa, best_isa, few_rows

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+
 from attnlang.codegen.cpp_backward import ENTRY, backward_arguments, emit_backward, private_axes
 from attnlang.codegen.isa import Isa
 from attnlang.codegen.plan import CapturedGrad
-
 from attnlang.ir import KEY_ADDRESS, Index
 from attnlang.passes.levels import Level
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.codegen.triton import Config, emit, padded
 from attnlang.codegen.triton_tiles import INTERPRETED, candidates, settle
-
 from attnlang.ir import INT, Program, UsageError
 from attnlang.passes.widths import NARROW_LIMIT
 from attnlang.sparsity import RunMap

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from attnlang.codegen.plan import CapturedGrad, KernelPlan, make_plan
 from attnlang.codegen.scatter import Scatter, scatter_of
 from attnlang.codegen.triton import Config
 from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_queries
 from attnlang.codegen.triton_backward_tiles import candidates
-
 from attnlang.ir import KEY_ADDRESS, Const, Index
 from attnlang.passes.levels import Level
 

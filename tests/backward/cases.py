@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnlang.runtime.call import Call
 
 from attnlang.ir import FLOAT, Load, Program, Size, TensorParam, reference_attention, simple
 from attnlang.ir.build import b, clamp, const, h, k, op, q, s
+from attnlang.runtime.call import Call
 from attnlang.sparsity import analyse
 
 CAUSAL = op("le", k, q)

@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from attnlang.runtime import cpp, cpp_backward
 from backward import cases
 from backward.cases import CAUSAL, LEARNABLE, N, make_call
 
 from attnlang.ir import INT, Load, Size, TensorParam, simple
 from attnlang.ir.build import all_of, k, op, q
+from attnlang.runtime import cpp, cpp_backward
 
 both = functools.partial(cases.both, forward=cpp.forward, backward=cpp_backward.backward)
 check = functools.partial(cases.check, forward=cpp.forward, backward=cpp_backward.backward)

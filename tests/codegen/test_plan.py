@@ -1,8 +1,8 @@
 """The plan places every expression at the outermost level and keeps mask code out of FULL tiles."""
 
 import pytest
-from attnlang.codegen.plan import make_plan
 
+from attnlang.codegen.plan import make_plan
 from attnlang.ir import FLOAT, INT, Load, ScalarParam, Size, TensorParam, postorder, simple
 from attnlang.ir.build import TRUE, all_of, b, const, h, k, op, param, q, s
 from attnlang.passes.levels import Level

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from attnlang.runtime.call import Call
-from attnlang.runtime.cpp import forward
 
 from attnlang.ir import Program, dense_mask, reference_attention
+from attnlang.runtime.call import Call
+from attnlang.runtime.cpp import forward
 
 Tensor = torch.Tensor
 

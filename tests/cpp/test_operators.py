@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from attnlang.runtime.cpp import forward
 
 from attnlang.ir import BOOL, FLOAT, INT, OPS, Expr, Load, ScalarParam, Size, TensorParam, Type, simple
 from attnlang.ir.build import all_of, const, k, op, param, q, s
 from attnlang.ir.evaluate import Environment, evaluate
+from attnlang.runtime.cpp import forward
 
 from .support import diagonal, make_call
 

@@ -7,14 +7,14 @@ import threading
 
 import pytest
 import torch
-from attnlang.runtime import cpp
-from attnlang.runtime.cpp_common import schedule_of
-from attnlang.runtime.errors import Unavailable
 from hypothesis import given, settings
 
 from attnlang.ir import BOOL, FLOAT, INT, Expr, Load, Op, ScalarParam, Size, TensorParam, postorder, simple
 from attnlang.ir.build import h, k, op, param, q, s
 from attnlang.ir.reference import dense_scores
+from attnlang.runtime import cpp
+from attnlang.runtime.cpp_common import schedule_of
+from attnlang.runtime.errors import Unavailable
 from tests.strategies import TENSORS, expressions
 
 from .support import check, make_call

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from attnlang.codegen.cpp import emit
 from attnlang.codegen.isa import AMX, COMMON_FLAGS, ISAS, few_rows
 from attnlang.codegen.plan import KernelPlan, make_plan
-from attnlang.runtime.errors import Unavailable
-from attnlang.runtime.toolchain import find_compiler, processor_features
-
 from attnlang.ir import BOOL, FLOAT, INT, Load, Program, ScalarParam, Size, TensorParam, simple
 from attnlang.ir.build import k, op, q, s
+from attnlang.runtime.errors import Unavailable
+from attnlang.runtime.toolchain import find_compiler, processor_features
 
 from .support import check, make_call
 from .test_operators import _choose, _probes

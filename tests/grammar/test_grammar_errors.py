@@ -6,9 +6,9 @@ the hint.
 """
 
 import pytest
-from attnlang.grammar import CODES, AttnError, parse
 
 from attnlang import ir
+from attnlang.grammar import CODES, AttnError, parse
 
 P = "pattern p:\n    "
 

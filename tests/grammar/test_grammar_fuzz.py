@@ -3,11 +3,11 @@
 import random
 import threading
 
-from attnlang.grammar import AttnError, Module, load, parse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnlang import ir
+from attnlang.grammar import AttnError, Module, load, parse
 
 VOCABULARY = (
     "pattern def let grid mask score return static import from as if else and or not true false q k b h s H N Lk "

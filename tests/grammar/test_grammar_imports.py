@@ -3,9 +3,9 @@
 import os
 
 import pytest
-from attnlang.grammar import AttnError, load, parse
 
 from attnlang import ir
+from attnlang.grammar import AttnError, load, parse
 
 BASE = "pattern causal: mask = k <= q\npattern sliding_window(window: int = 4): mask = q - k < window\n"
 BASE += "def f(x: int) = x + 1\n"

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+
 from attnlang.grammar import AttnError, parse
 
 P = "pattern p:\n    mask = "

@@ -1,10 +1,10 @@
 """Text to programs, checked against the same pattern written with torch."""
 
 import torch
-from attnlang.grammar import builtin_functions, parse
 from grammar_support import SIZES, axes, mask_of, score_of
 
 from attnlang import ir
+from attnlang.grammar import builtin_functions, parse
 from attnlang.ir import build
 
 CAUSAL = "pattern causal:\n    mask = k <= q\n"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnlang.grammar import CODES, AttnError, builtin_functions, layout, modules, parameters, parse, parser, scope
 from grammar_support import SIZES, mask_of, score_of
 
 from attnlang import ir
+from attnlang.grammar import CODES, AttnError, builtin_functions, layout, modules, parameters, parse, parser, scope
 from attnlang.ir.verify import MAX_NODES
 
 DOC = Path(__file__).parents[2] / "docs" / "language.md"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attnlang.runtime.call import Call
-from attnlang.runtime.runs import run_maps
 
 from attnlang.ir import (
     FLOAT,
@@ -27,6 +25,8 @@ from attnlang.ir import (
     simple,
 )
 from attnlang.ir.program import DEFAULT_OUTPUTS
+from attnlang.runtime.call import Call
+from attnlang.runtime.runs import run_maps
 
 op, b, h, q, k, s = build.op, build.b, build.h, build.q, build.k, build.s
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import programs
 import pytest
 import torch
-from attnlang.runtime import autograd, dispatch, eager
 
 import attnlang as al
 from attnlang.ir import Program, reference_attention
+from attnlang.runtime import autograd, dispatch, eager
 
 Tensor = torch.Tensor
 SMALL = {"batch": 2, "heads": 2, "lq": 9, "lk": 9}

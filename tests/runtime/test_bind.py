@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from attnlang.runtime.bind import Binder, check_scale
 
 import attnlang as al
 from attnlang.ir import (
@@ -26,6 +25,7 @@ from attnlang.ir import (
     build,
     simple,
 )
+from attnlang.runtime.bind import Binder, check_scale
 
 B, H, HKV, LQ, LK, D, DV = 2, 4, 2, 6, 5, 8, 3
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from attnlang.runtime import cache as cache_module
 from attnlang.runtime.cache import Cache
 

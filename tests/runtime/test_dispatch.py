@@ -7,9 +7,9 @@ import warnings
 import programs
 import pytest
 import torch
-from attnlang.runtime import Unavailable, dispatch, eager
 
 import attnlang as al
+from attnlang.runtime import Unavailable, dispatch, eager
 
 
 @pytest.fixture

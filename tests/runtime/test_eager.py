@@ -5,12 +5,12 @@ from __future__ import annotations
 import programs
 import pytest
 import torch
-from attnlang.runtime import eager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attnlang as al
 from attnlang.ir import Program, reference_attention
+from attnlang.runtime import eager
 
 
 def compare(program: Program, q, k, v, tolerance: float = 2e-5, **captured) -> None:

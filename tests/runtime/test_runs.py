@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from attnlang.runtime import runs as module
-from attnlang.runtime.runs import RunMaps
 
 from attnlang.ir import INT, Load, Param, Program, ScalarParam, Size, TensorParam, build, simple
+from attnlang.runtime import runs as module
+from attnlang.runtime.runs import RunMaps
 
 TILE = (128, 128)
 SIZES = {"B": 2, "H": 4, "Hkv": 4, "Lq": 512, "Lk": 512}

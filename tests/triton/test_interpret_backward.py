@@ -6,14 +6,14 @@ import functools
 
 import pytest
 import torch
-from attnlang.runtime import triton as forward_pass
-from attnlang.runtime import triton_backward
-from attnlang.runtime.errors import Unavailable
 from backward import cases
 from backward.cases import CAUSAL, LEARNABLE, N, bias, learnable, make_call
 
 from attnlang.ir import FLOAT, INT, Load, ScalarParam, Size, TensorParam, simple
 from attnlang.ir.build import TRUE, all_of, b, h, k, op, param, q, s
+from attnlang.runtime import triton as forward_pass
+from attnlang.runtime import triton_backward
+from attnlang.runtime.errors import Unavailable
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

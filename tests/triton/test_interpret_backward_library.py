@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnlang.runtime import triton as forward_pass
-from attnlang.runtime import triton_backward
-from attnlang.runtime.call import Call
 from backward import cases
 from library.cases import CASES, bind, program_of
 
 from attnlang.ir import FLOAT
 from attnlang.passes.specialise import specialise
+from attnlang.runtime import triton as forward_pass
+from attnlang.runtime import triton_backward
+from attnlang.runtime.call import Call
 from attnlang.sparsity import RunMap, analyse
 
 PLAIN = ("full", "causal_document", "softcap", "neighborhood_2d", "duo_attention", "causal_bottom_right/more_queries")

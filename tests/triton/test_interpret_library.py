@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnlang.runtime import triton as backend
-from attnlang.runtime.call import Call
 from library.cases import CASES, bind, program_of
 
 from attnlang.passes.specialise import specialise
+from attnlang.runtime import triton as backend
+from attnlang.runtime.call import Call
 from attnlang.sparsity import analyse
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnlang.codegen.triton_printer import TritonPrinter
 from triton_checks import check, make_call, qkv
 
+from attnlang.codegen.triton_printer import TritonPrinter
 from attnlang.ir import BOOL, FLOAT, INT, OPS, Const, Load, Param, Program, ScalarParam, Size, TensorParam, simple
 from attnlang.ir.build import b, cast, const, h, k, op, q, s, size
 

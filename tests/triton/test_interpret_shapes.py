@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnlang.runtime import Unavailable
-from attnlang.runtime import triton as backend
 from triton_checks import check, make_call, qkv
 
 from attnlang.ir import BOOL, FLOAT, INT, Load, Size, TensorParam, UsageError, simple
 from attnlang.ir.build import b, const, h, k, op, q, s
+from attnlang.runtime import Unavailable
+from attnlang.runtime import triton as backend
 
 CAUSAL = simple("causal", mask=op("le", k, q))
 FULL = simple("full")

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
+from attnlang import library
 from attnlang.codegen.offline import Compiler, CompilerFailed, Resources, compile_plan
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.codegen.triton import Config, emit
 from attnlang.codegen.triton_printer import RESERVED
 from attnlang.codegen.triton_tiles import candidates, settle, shared_bytes, shared_limit
-
-from attnlang import library
 from attnlang.ir import BOOL, FLOAT, INT, Program, ScalarParam, simple
 from attnlang.ir.build import k, op, param, q
 from attnlang.passes.specialise import specialise

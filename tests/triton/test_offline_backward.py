@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 
 import pytest
+from backward.cases import LEARNABLE, bias
+
 from attnlang.codegen.offline import Compiler
 from attnlang.codegen.offline_backward import compile_backward
 from attnlang.codegen.plan import KernelPlan, make_plan
@@ -15,8 +17,6 @@ from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_quer
 from attnlang.codegen.triton_backward_tiles import candidates
 from attnlang.codegen.triton_printer import RESERVED
 from attnlang.codegen.triton_tiles import shared_limit
-from backward.cases import LEARNABLE, bias
-
 from attnlang.ir import FLOAT, INT, Load, Program, Size, TensorParam, simple
 from attnlang.ir.build import clamp, const, h, k, op, q, s
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from attnlang.runtime.call import Call
 
 from attnlang.ir import Const, Program, Scalar, Size, reference_attention
+from attnlang.runtime.call import Call
 from attnlang.sparsity import analyse
 
 Tensor = torch.Tensor
