@@ -82,7 +82,12 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
         {**common, "implementation": "sdpa", "ms": None, "gflops": None, "ratio": None, "note": "cannot express it"},
     ]
     (tmp_path / "results/cpu_forward.json").write_text(json.dumps({"machine": {"threads": "2"}, "rows": rows}))
-    (tmp_path / "results/memory.json").write_text(json.dumps({"machine": "m", "rows": [{"length": 4, "peak": 1.5}]}))
+    (tmp_path / "results/other.json").write_text(json.dumps({"machine": "m", "rows": [{"length": 4, "peak": 1.5}]}))
+    long = {"length": 4096, "seconds": 0.5, "peak_mb": 200.4, "tensors_mb": 4.0}
+    (tmp_path / "results/memory.json").write_text(json.dumps({"machine": "m", "rows": [long]}))
+    step = {"table": "peers", "case": "causal", "attnlang_ms": 10.0, "peer": "SDPA", "peer_ms": 12.0, "ratio": 1.2}
+    table = {"table": "captured", "case": "slopes", "without_ms": 10.0, "with_ms": 11.0, "added_percent": 10.0}
+    (tmp_path / "results/cpu_backward.json").write_text(json.dumps({"machine": "m", "rows": [step, table]}))
     kernel = {"program": "causal", "target": "cuda:90", "head_dim": 64, "shared_bytes": 1024}
     built = [{**kernel, "registers": 168, "spill_bytes": 0}, {**kernel, "registers": 255, "spill_bytes": 8}]
     failed = {**kernel, "target": "cuda:80", "error": "no"}
@@ -95,6 +100,8 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     text = (tmp_path / "README.md").read_text()
     assert "| causal, float32 | 10.0 (300 GFLOP/s) | 25.0 (2.5x) | cannot express it |" in text
     assert "| 4 | 1.5 |" in text
+    assert "| 4,096 | 0.50 | 200 | 4 |" in text
+    assert "| causal | 10 | SDPA: 12 (1.2x) |" in text and "| slopes | 10 | 11 (+10 %) |" in text
     assert "| cuda:90, D = 64 | 2 of 2 | 255 | 1 | 8 | 1024 |" in text
     assert "| cuda:80, D = 64 | 0 of 1 | 0 | 0 | 0 | 0 |" in text
     assert "| causal | 2.5 | 1.0 | 16,384 |" in text
