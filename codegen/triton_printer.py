@@ -28,7 +28,8 @@ map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr 
 q_distance q_idx q_local q_offsets q_ptr query_inside range rate row_max row_sum run s scale scores softmax_step start
 start_q TensorDescriptor tile tile_q tile_step tiles tl triton v v_base v_desc v_offsets v_ptr visible
 """
-RESERVED = frozenset(_TEMPLATE_NAMES.split()) | frozenset(HELPERS)
+_STRIDES = frozenset(f"{operand}_stride_{dim}" for operand in "qkvo" for dim in "bhnd")
+RESERVED = frozenset(_TEMPLATE_NAMES.split()) | _STRIDES | frozenset(HELPERS)
 """Names the template uses; parameters and captured tensors of a program that share one get an underscore."""
 
 _INT_TYPES = {Width.I32: "tl.int32", Width.I64: "tl.int64"}
