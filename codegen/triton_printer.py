@@ -23,7 +23,7 @@ __all__ = ["RESERVED", "TritonPrinter", "precedence", "safe_name", "top_operator
 
 _TEMPLATE_NAMES = """
 acc attention_forward b bh d_idx d_mask decay descriptor dv_idx dv_mask first_tile float full_ptr full_runs h inside
-int k k_base k_distance k_idx k_local k_offsets k_ptr key_batch key_head launch lse lse_ptr map_batch map_heads
+int k k_base k_desc k_distance k_idx k_local k_offsets k_ptr key_batch key_head launch lse lse_ptr map_batch map_heads
 map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr part_ptr part_runs pid q q_base q_desc
 q_distance q_idx q_local q_offsets q_ptr query_inside range rate row_max row_sum run s scale scores softmax_step start
 start_q TensorDescriptor tile tile_q tile_step tiles tl triton v v_base v_desc v_offsets v_ptr visible
