@@ -114,7 +114,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "sparsity": ("Finding the block structure of a mask", sparsity),
     "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", memory),
     "gpu_resources": (
-        "Kernels of library programs compiled for GPUs that need not be here (rows: what has been compiled so far)",
+        "Kernels of library programs compiled for GPUs that need not be here, so far",
         resources,
     ),
 }
