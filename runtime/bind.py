@@ -334,7 +334,13 @@ def _extent(dim: Expr, sizes: Mapping[str, int], params: Mapping[str, Scalar], t
 
 def _reaches(program: Program) -> set[tuple[str, int, str]]:
     """Loads whose index is an axis itself, as (tensor, dimension, axis)."""
-    roots = (r for stage in program.stages for r in stage.roots())
+    whole = [s for s in program.stages if isinstance(s, Attend) and s.lengths == Attend().lengths]
+    roots = (r for stage in whole for r in stage.roots())
     known = {t.name for t in program.tensors}
     loads = (n for n in postorder(*roots) if isinstance(n, Load) and n.tensor in known)
-    return {(n.tensor, d, i.axis) for n in loads for d, i in enumerate(n.indices) if isinstance(i, Index)}
+    return {
+        (n.tensor, d, i.axis)
+        for n in loads
+        for d, i in enumerate(n.indices)
+        if isinstance(i, Index) and i.axis in _AXIS_SIZE
+    }

@@ -24,6 +24,11 @@ __all__ = ["Work", "attend"]
 Tensor = torch.Tensor
 
 TILE = (128, 128)
+_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 BUDGET = 1 << 22
 """Pairs evaluated at once; one block of rows of one head may exceed it."""
 
@@ -109,8 +114,7 @@ def _merge(out: Output, total: Tensor, found: Tensor, region: Region) -> None:
     else:
         where = (b, h, region.keys) if out.over == "q" else (b[..., 0], h[:, 0])
         old = total[where]
-        combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[out.monoid]
-        total[where] = combine(old, found)
+        total[where] = _COMBINE[out.monoid](old, found)
 
 
 def _cotangent(out: Output, grad: Tensor, region: Region, final: Tensor, found: Tensor) -> Tensor:
@@ -137,8 +141,7 @@ def _forward(work: Work) -> dict[str, Tensor]:
 def _recorded(work: Work) -> dict[str, Tensor]:
     """The forward pass in one region, recorded by autograd any number of times; memory is that of all pairs."""
     lq, lk = work.lengths
-    sizes = (work.env.sizes["B"], work.env.sizes["H"], lq, lk)
-    region = Region(*(torch.arange(n, device=work.env.device) for n in sizes))
+    region = Region.whole(work.env.sizes["B"], work.env.sizes["H"], lq, lk, work.env.device)
     found = attend_region(work.stage, work.env, region, work.scale)
     return {out.name: finish(out, found[out.name]) for out in work.stage.outputs}
 

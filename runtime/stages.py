@@ -111,8 +111,9 @@ def _alone(program: Program, stage: Attend, env: Environment) -> tuple[Program, 
         if length != sizes[name]:
             renamed[Size(name)] = Size(f"{name}_program")
             sizes[f"{name}_program"], sizes[name] = sizes[name], length
-    alone = Program(program.name, (replace(stage, lengths=Attend().lengths),), program.scalars, tensors)
-    return map_program(alone, lambda e: substitute(e, renamed)) if renamed else alone, sizes
+    alone = Program(program.name, (stage,), program.scalars, tensors)
+    alone = map_program(alone, lambda e: substitute(e, renamed)) if renamed else alone
+    return replace(alone, stages=(replace(alone.attend, lengths=Attend().lengths),)), sizes
 
 
 def run(call: Call, attention: Attention, backend: str | None = None) -> dict[str, Tensor]:
@@ -156,9 +157,7 @@ def _plain(
 ) -> dict[str, Tensor]:
     query, key, value, out, lse = roles
     alone, sizes = _alone(call.program, stage, here)
-    (inner,) = alone.stages
-    assert isinstance(inner, Attend)
-    alone = replace(alone, stages=(Attend(branches=inner.branches),))
+    alone = replace(alone, stages=(Attend(branches=alone.attend.branches),))
     q, k, v = (here.rows(name).to(call.q.dtype) for name in (query, key, value))
     sizes |= {"Hkv": k.shape[1]}
     runs = run_maps.provider(alone, sizes, call.params, here.tensors)
@@ -168,8 +167,7 @@ def _plain(
 
 def _general(call: Call, stage: Attend, here: Environment) -> dict[str, Tensor]:
     alone, sizes = _alone(call.program, stage, here)
-    (inner,) = alone.stages
-    assert isinstance(inner, Attend)
+    inner = alone.attend
     masks = [branch.mask for branch in inner.branches]
     union = replace(inner, branches=(Branch(any_of(*masks)),), outputs=DEFAULT_OUTPUTS, terms=(Dot(),), position=())
     if inner.position:  # the mask sees positions, the map counts slots

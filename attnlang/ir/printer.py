@@ -96,8 +96,8 @@ def _format_attend(stage: Attend) -> Iterator[str]:
     for out in stage.outputs:
         if out not in DEFAULT_OUTPUTS:
             key = "".join(f"[{format_expr(e)}: {format_expr(n)}]" for e, n in zip(out.key, out.extents, strict=True))
-            rows = "" if out.rows is None else f" * {out.rows.source}"
-            yield f"output {out.name}{key} = {out.monoid}_{out.over or 'none'}({format_expr(out.value)}{rows})"
+            source = "" if out.rows is None else f" * {out.rows.source}"
+            yield f"output {out.name}{key} = {out.monoid}_{out.over or 'none'}({format_expr(out.value)}{source})"
 
 
 def format_stage(stage: Stage, alone: bool = True) -> list[str]:
@@ -156,9 +156,9 @@ def _structure(stage: Stage) -> list[str]:
         )
         lines.append(f"branch {stats} weight={int(branch.weight is not None)} group={int(branch.group is not None)}")
     for out in stage.outputs:
-        rows = f"{out.rows.source}:{len(out.rows.index)}" if out.rows else "-"
+        source = f"{out.rows.source}:{len(out.rows.index)}" if out.rows else "-"
         shape = f"keys={len(out.key)} branch={out.branch} empty={out.empty!r}"
-        lines.append(f"output {out.name} {rows} over={out.over} {out.monoid} {shape}")
+        lines.append(f"output {out.name} {source} over={out.over} {out.monoid} {shape}")
     lines += [f"position {axis}" for axis, _ in stage.position]
     return lines
 

@@ -75,9 +75,8 @@ def reference(
     env = Environment({}, sizes, params, tensors, {}, dtype, q.device, {"q": q, "k": k, "v": v})
 
     def dense(stage: Attend, here: Environment) -> dict[str, Tensor]:
-        lengths = (int(evaluate(e, here)) for e in stage.lengths)
-        vectors = [torch.arange(n, device=q.device) for n in (sizes["B"], sizes["H"], *lengths)]
-        found = attend_region(stage, here, Region(*vectors), scale)
+        lq, lk = (int(evaluate(e, here)) for e in stage.lengths)
+        found = attend_region(stage, here, Region.whole(sizes["B"], sizes["H"], lq, lk, q.device), scale)
         return {out.name: finish(out, found[out.name]) for out in stage.outputs}
 
     made = run_stages(program, env, dense)

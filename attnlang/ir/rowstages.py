@@ -67,9 +67,16 @@ def _map(stage: Map, env: Environment) -> Tensor:
     inputs = {views[load].name: view for load, view in whole.items()}
     for (name, monoid, _), expr in zip(stage.lets, roots, strict=False):
         value = evaluate(expr, replace(grid, inputs=inputs)).to(env.float_dtype).expand(extents)
-        reduced = {"sum": value.sum, "mean": value.mean, "max": value.amax}[monoid](-1, keepdim=True)
-        inputs = {**inputs, name: reduced}
+        inputs = {**inputs, name: _reduced(monoid, value)}
     return evaluate(roots[-1], replace(grid, inputs=inputs)).to(env.float_dtype).expand(extents)
+
+
+def _reduced(monoid: str, value: Tensor) -> Tensor:
+    """Reduce the features to one, kept as a dimension."""
+    if monoid == "max":
+        return value.amax(-1, keepdim=True)
+    total = value.sum(-1, keepdim=True)
+    return total / value.shape[-1] if monoid == "mean" else total
 
 
 def _pool(stage: Pool, env: Environment) -> Tensor:
@@ -119,7 +126,7 @@ def _choose(stage: Select, env: Environment, score: Tensor, candidates: Tensor, 
         score = torch.where(forced, torch.inf, score)
         candidates = candidates | forced
     score = torch.where(candidates, score, -torch.inf)
-    order = score.argsort(-1, descending=True, stable=True)
+    order = score.argsort(stable=True, dim=-1, descending=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)
     )

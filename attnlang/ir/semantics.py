@@ -38,6 +38,12 @@ class Region:
     keys: Tensor
     full: int = 0
 
+    @classmethod
+    def whole(cls, batch: int, heads: int, rows: int, keys: int, device: torch.device | str) -> Region:
+        """Every pair of these lengths."""
+        vectors = [torch.arange(n, device=device) for n in (batch, heads, rows, keys)]
+        return cls(vectors[0], vectors[1], vectors[2], vectors[3])
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return (len(self.batch), len(self.heads), len(self.rows), len(self.keys))

@@ -238,16 +238,20 @@ class Attend:
 
     @property
     def standard(self) -> bool:
-        """Whether this is softmax attention of q, k and v with a mask and a score, at whatever addresses."""
+        """Whether this is softmax attention of q, k and v with a mask and a score, rows in their order.
+
+        Which batch element and which head of k and v serve a query may be any map that both share.
+        """
         if len(self.terms) != 1 or len(self.branches) != 1 or len(self.outputs) != 2:
             return False
         (term,), branch, (o, lse) = self.terms, self.branch, self.outputs
-        rows = o.rows if o.rows is not None and len(o.rows.index) == 3 and o.rows.source == "v" else None
         return (
-            (term.name, term.left.source, term.right.source, term.body) == ("s", "q", "k", None)
+            (term.name, term.left, term.right.source, term.body) == ("s", QUERY, "k", None)
+            and len(term.right.index) == 3
+            and term.right.index[2] is _k
             and branch == Branch(branch.mask, branch.score)
             and (replace(o, rows=VALUE), lse) == DEFAULT_OUTPUTS
-            and rows is not None
+            and o.rows == Operand("v", term.right.index)
             and not self.position
             and self.lengths == Attend().lengths
         )

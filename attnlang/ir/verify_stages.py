@@ -90,9 +90,8 @@ def _check_select(stage: Select) -> Iterator[str]:
     for what, expr in (("candidates", stage.candidates), ("forced", stage.forced)):
         yield from _typed(f"{what} of {stage.name}", expr, BOOL)
     yield from _typed(f"top of {stage.name}", stage.top, INT)
-    for what, expr in (("threshold", stage.threshold), ("mass", stage.mass)):
-        if expr is not None:
-            yield from _typed(f"{what} of {stage.name}", expr, FLOAT)
+    yield from _typed(f"threshold of {stage.name}", stage.threshold, FLOAT)
+    yield from _typed(f"mass of {stage.name}", stage.mass, FLOAT)
     for expr in (stage.score, stage.candidates, stage.forced):
         yield from _reads(stage.name, expr, ())
     for rule in stage.rules:
