@@ -21,7 +21,7 @@ from .plan import KernelPlan, Section, Value
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, precedence, safe_name
 
-__all__ = ["Arguments", "Config", "arguments", "emit", "padded"]
+__all__ = ["KERNEL_NAME", "Arguments", "Config", "arguments", "emit", "padded"]
 
 KERNEL_NAME = "attention_forward"
 LINE = 120
