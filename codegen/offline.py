@@ -20,7 +20,8 @@ from typing import Any
 from attnlang.ir import AttnlangError
 
 from .plan import KernelPlan
-from .triton import KERNEL_NAME, Config, arguments, emit, padded
+from .triton import KERNEL_NAME, arguments, emit
+from .triton_common import Config, padded
 from .triton_tiles import candidates, settle, shared_limit
 
 __all__ = ["Compiler", "CompilerFailed", "Job", "Resources", "compile_plan", "first_that_fits", "signature"]

@@ -6,9 +6,10 @@ from typing import Any
 
 from .offline import POINTERS, Compiler, Job, Resources, first_that_fits
 from .plan import KernelPlan
-from .triton import Config
-from .triton_backward import QUERIES, backward_arguments, emit_keys, emit_queries, kernel_name
+from .triton_backward import emit_keys, emit_queries
+from .triton_backward_arguments import QUERIES, backward_arguments, kernel_name
 from .triton_backward_tiles import candidates
+from .triton_common import Config
 
 __all__ = ["compile_backward", "signature"]
 

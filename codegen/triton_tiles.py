@@ -13,7 +13,7 @@ from attnlang.ir import Load
 from attnlang.passes.levels import Level
 
 from .plan import KernelPlan
-from .triton import Config, padded
+from .triton_common import Config, padded
 
 __all__ = ["INTERPRETED", "candidates", "settle", "shared_bytes", "shared_limit"]
 
