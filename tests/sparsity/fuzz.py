@@ -3,8 +3,8 @@
     python tests/sparsity/fuzz.py                  200,000 programs from seed 0, on two processes
     python tests/sparsity/fuzz.py --seed 123       that one program, printed in full
 
-Each seed is one program with its own lengths, tile, parameters and tensors, always the same. A violation is a tile called
-empty that holds a True, or full that holds a False; it is printed with its seed, and the exit code is 1.
+Each seed is one program with its own lengths, tile, parameters and tensors, always the same. A violation is a tile
+called empty that holds a True, or full that holds a False; it is printed with its seed, and the exit code is 1.
 """
 
 from __future__ import annotations
