@@ -145,7 +145,7 @@ class RunMap:
         return np.where(most == area, FULL, np.where(some > 0, PARTIAL, EMPTY)).astype(np.uint8)
 
     def coverage(self, b: int, h: int, step_q: int, step_k: int) -> np.ndarray:
-        """Return the share of tiles that are not EMPTY, float64 [nq', nk'], in cells of ``step_q`` x ``step_k`` tiles."""
+        """Return the share of tiles that are not EMPTY in each cell of ``step_q`` x ``step_k`` tiles, float64."""
         some, _, area = self._cells(b, h, step_q, step_k)
         return some / area
 
