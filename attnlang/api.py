@@ -20,7 +20,7 @@ from attnlang.runtime.runs import run_maps
 
 if TYPE_CHECKING:
     from attnlang.grammar import Module
-    from attnlang.sparsity import RunMap
+    from attnlang.sparsity import Report, RunMap
     from attnlang.tracing import Traced
 
 __all__ = ["Attention", "compile", "load", "load_all", "parse", "program", "reference"]
@@ -221,8 +221,17 @@ class Attention:
         storage = {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
         return source(self.program, target, head_dim, head_dim if value_dim is None else value_dim, dtype, storage)
 
-    def explain(self, q_len: int, kv_len: int, *, B: int = 1, H: int = 1, **captured: Any) -> Any:
-        """Return a printable report: why tiles are empty, full or partial at these lengths.
+    def explain(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        B: int = 1,
+        H: int = 1,
+        tile: tuple[int, int] = (128, 128),
+        **captured: Any,
+    ) -> Report:
+        """Return a printable report: why tiles are empty, full or partial at these lengths, and what would help.
 
         Raises:
             UsageError: a negative length, or a captured tensor or parameter that does not fit.
@@ -231,7 +240,7 @@ class Attention:
 
         sizes = {"B": B, "H": H, "Hkv": H, "Lq": q_len, "Lk": kv_len}
         sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
-        return explain(self.program, sizes, params, tensors)
+        return explain(self.program, sizes, params, tensors, tile)
 
     def __repr__(self) -> str:
         where = f", backend={self.backend!r}" if self.backend else ""

@@ -299,22 +299,29 @@ def explain(
     length: Len = 4096,
     q_len: QLen = None,
     kv_len: KvLen = None,
+    tile: Annotated[str, typer.Option("--tile", "-t", metavar="QxK", help="Tile of the kernel.")] = "128x128",
     batch: Batch = 1,
     heads: Heads = 8,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     tensors: TensorFile = None,
     seed: Seed = 0,
 ) -> None:
     """Say why tiles are empty, partial or full, and what would make the mask sparser.
 
     Example: [cyan]attnlang explain sliding_window --set window=500[/]
+
+    Example: [cyan]attnlang explain neighborhood_2d --len 16384 --tile 64x64 --json[/]
     """
-    from .cli_work import explain_text
+    from json import dumps
+
+    from .cli_inputs import parse_tile
+    from .cli_work import explain_report
 
     shape = {"B": batch, "H": heads, "Hkv": heads, "Lq": _or(q_len, length), "Lk": _or(kv_len, length)}
-    text, notes = explain_text(source, shape, settings or [], tensors, seed)
+    report, notes = explain_report(source, shape, settings or [], parse_tile(tile), tensors, seed)
     for line in notes:
         note(f"made up: {line}")
-    print(text)
+    print(dumps(report.to_dict(), indent=2) if json else report)
 
 
 @app.command("list")

@@ -16,8 +16,9 @@ from .api import Attention
 from .cli_inputs import fit_settings, load_program, load_tensors, parse_dtype, parse_settings, parse_storage
 from .made import make_values
 from .show import TilePicture, picture_of, write_atomically
+from .sparsity import Report
 
-__all__ = ["Job", "Shape", "compile_to", "draw", "explain_text", "prepare"]
+__all__ = ["Job", "Shape", "compile_to", "draw", "explain_report", "prepare"]
 
 Tensor = torch.Tensor
 SIDE = 32
@@ -117,15 +118,20 @@ def _signature_of_call(program: Program, values: Mapping[str, Any]) -> str:
     return f"{program.name}({', '.join(shown)})" if shown else program.name
 
 
-def explain_text(
-    source: str, sizes: Mapping[str, int], settings: Iterable[str], tensor_file: str | None, seed: int
-) -> tuple[str, tuple[str, ...]]:
-    """Return the report of ``Attention.explain`` as text, and what was made up for it."""
+def explain_report(
+    source: str,
+    sizes: Mapping[str, int],
+    settings: Iterable[str],
+    tile: tuple[int, int],
+    tensor_file: str | None,
+    seed: int,
+) -> tuple[Report, tuple[str, ...]]:
+    """Return the report of ``Attention.explain``, and what was made up for it."""
     program = load_program(source)
     given = {n: t for n, t in _given(tensor_file, program).items() if n not in "qkv"}
     values, notes = _values(program, sizes, settings, given, seed)
-    report = attnlang.compile(program).explain(sizes["Lq"], sizes["Lk"], B=sizes["B"], H=sizes["H"], **values)
-    return str(report), notes
+    attention = attnlang.compile(program)
+    return attention.explain(sizes["Lq"], sizes["Lk"], B=sizes["B"], H=sizes["H"], tile=tile, **values), notes
 
 
 def prepare(
