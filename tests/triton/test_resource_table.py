@@ -33,11 +33,12 @@ def test_accumulation_registers_are_counted_once() -> None:
     # the metadata of a kernel for gfx942 whose assembly says NumVgprs: 256, NumAgprs: 7, TotalNumVgprs: 263
     text = """
   - .agpr_count:     7
-    .private_segment_fixed_size: 20
+    .private_segment_fixed_size: {}
     .vgpr_count:     263
     .vgpr_spill_count: 3
 """
-    assert worker._amd(text) == (263, 12, 20, False)
+    assert worker._amd(text.format(20)) == (263, 12, 20, False)
+    assert worker._amd(text.format(0)) == (263, 0, 0, False), "spilled to accumulation registers, not to memory"
 
 
 SOURCE = '''
