@@ -94,15 +94,19 @@ def memory(rows: Rows) -> list[str]:
 
 
 def resources(rows: Rows) -> list[str]:
-    """What the GPU kernels of the library need, at most, for each target and head dimension."""
+    """What the GPU kernels of the library need, at most, for each target and head dimension.
+
+    Every line is out of the kernels of all programs that any line has, so a line that is not complete shows it.
+    """
     lines = []
-    for target, dim in dict.fromkeys((r["target"], r["head_dim"]) for r in rows):
-        found = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim)]
-        built = [r for r in found if "error" not in r]
+    kernels = len({(r["program"], r.get("kernel")) for r in rows})
+    places = {(r["target"], r["head_dim"]) for r in rows}
+    for target, dim in sorted(places, key=lambda place: (place[0].partition(":")[0], len(place[0]), place)):
+        built = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim) and "error" not in r]
         spill = sum(1 for r in built if r["spill_bytes"])
         most = [str(max((r[k] for r in built), default=0)) for k in ("registers", "spill_bytes", "shared_bytes")]
-        lines.append([f"{target}, D = {dim}", f"{len(built)} of {len(found)}", most[0], str(spill), *most[1:]])
-    return table(["target", "compile", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
+        lines.append([f"{target}, D = {dim}", f"{len(built)} of {kernels}", most[0], str(spill), *most[1:]])
+    return table(["target", "compiled", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
@@ -113,8 +117,9 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "first_call": ("The first call of a new process", plain),
     "sparsity": ("Finding the block structure of a mask", sparsity),
     "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", memory),
-    "gpu_resources": (
-        "Kernels of library programs compiled for GPUs that need not be here, so far",
+    "gpu_resources": ("Kernels of library programs compiled for GPUs that need not be here", resources),
+    "gpu_backward_resources": (
+        "The two backward kernels of each of them, with gradients of captured tensors",
         resources,
     ),
 }
