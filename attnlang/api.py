@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnlang.ir import Program, Scalar, UsageError, digest, format_program, reference_attention, verify
+from attnlang.ir import OUTPUT_NAMES, Program, Scalar, UsageError, digest, format_program, verify
+from attnlang.ir import reference as evaluate_dense
 from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch
 from attnlang.runtime.bind import Binder, Bound, suggest
@@ -110,6 +111,7 @@ class Attention:
 
     def _enter_graphs(self) -> None:
         """Get a handle by which graphs that PyTorch captures can refer to this program."""
+        self._standard = self.program.standard
         self._site = Site(self.program, self._binder, self.backend)
         self._handle = register(self._site)
         self._tensor_names = tuple(t.name for t in self.program.tensors)
@@ -129,6 +131,7 @@ class Attention:
         v: Tensor,
         *,
         return_lse: bool = False,
+        return_aux: bool = False,
         scale: float | None = None,
         backend: str | None = None,
         **captured: Any,
@@ -136,25 +139,28 @@ class Attention:
         """Return attention of q [B, H, Lq, D] over k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv], as [B, H, Lq, Dv].
 
         ``captured`` gives captured tensors and scalar parameters by name. With ``return_lse`` the result is (o, lse),
-        lse [B, H, Lq] the natural logarithm in float32. A row without visible keys gives 0 and -inf. Differentiable in
-        q, k, v and every float captured tensor.
+        lse [B, H, Lq] the natural logarithm in float32. A row without visible keys gives 0 and -inf. With
+        ``return_aux`` the last item of the result is a dict of every other output the program declares; a program
+        without an output ``o`` always returns that dict alone. Differentiable in q, k, v and every float captured
+        tensor.
 
         Raises:
             UsageError: an argument does not fit the program.
             Unavailable: ``backend`` was named and cannot run here.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self._standard:
             o, lse = self._captured_call(q, k, v, scale, captured)
+            made = {"o": o, "lse": lse}
         else:
-            o, lse = self._eager_call(q, k, v, scale, backend, captured)
-        return (o, lse) if return_lse else o
+            made = self._eager_call(q, k, v, scale, backend, captured)
+        return _arrange(self.program.name, made, return_lse, return_aux)
 
     @opaque
     def _eager_call(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None, captured: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         bound = self._binder.bind(q, k, v, captured, self._defaults, scale)
-        return dispatch.attend(self._call(bound), dispatch.check_backend(backend) or self.backend)
+        return dispatch.run(self._call(bound), dispatch.check_backend(backend) or self.backend)
 
     def _captured_call(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, captured: dict[str, Any]
@@ -248,19 +254,32 @@ def reference(
     v: Tensor,
     *,
     return_lse: bool = False,
+    return_aux: bool = False,
     scale: float | None = None,
     **captured: Any,
 ) -> Any:
-    """Return what the program means, evaluated densely in float64: o [B, H, Lq, Dv] or (o, lse).
+    """Return what the program means, evaluated densely in float64, in the arrangement of a call.
 
     Memory is O(B H Lq Lk). Raises what a call of the compiled program raises.
     """
     attention = program if isinstance(program, Attention) else Attention(program)
     bound = attention._binder.bind(q, k, v, captured, attention._defaults, scale)
-    o, lse = reference_attention(
+    made = evaluate_dense(
         attention.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale
     )
-    return (o, lse) if return_lse else o
+    return _arrange(attention.program.name, made, return_lse, return_aux)
+
+
+def _arrange(program: str, made: dict[str, Tensor], return_lse: bool, return_aux: bool) -> Any:
+    """The results of a call in the form it was asked for."""
+    if "o" not in made:
+        return made
+    if return_lse and "lse" not in made:
+        raise UsageError(f"{program} has no lse: declare it as an output, or leave return_lse out")
+    found: list[Any] = [made["o"], made["lse"]] if return_lse else [made["o"]]
+    if return_aux:
+        found.append({name: t for name, t in made.items() if name not in OUTPUT_NAMES})
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def _unpack(program: Program | Traced) -> tuple[Program, Mapping[str, Any]]:

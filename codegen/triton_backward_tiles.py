@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .plan import KernelPlan
-from .triton import Config, padded
-from .triton_backward import QUERIES, has_diagonals
+from .triton_backward_arguments import QUERIES, has_diagonals
+from .triton_common import Config, padded
 from .triton_tiles import INTERPRETED, shared_limit
 
 __all__ = ["candidates", "shared_bytes"]

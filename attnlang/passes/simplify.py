@@ -7,11 +7,12 @@ needs a proof. Float rules are limited to those exact in IEEE arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
-from attnlang.ir import BOOL, FLOAT, INT, OPS, Attend, Branch, Const, Expr, Op, Program, rewrite
+from attnlang.ir import BOOL, FLOAT, INT, OPS, Address, Const, Expr, Op, Program, rewrite
 from attnlang.ir.build import FALSE, TRUE
 
 __all__ = ["map_program", "simplify"]
@@ -115,12 +116,18 @@ def simplify(expr: Expr) -> Expr:
 
 
 def map_program(program: Program, change: Callable[[Expr], Expr]) -> Program:
-    """Apply ``change`` to the mask and score of every branch."""
+    """Apply ``change`` to every expression of every stage."""
+    return replace(program, stages=tuple(_map_record(stage, change) for stage in program.stages))
 
-    def branch(old: Branch) -> Branch:
-        return replace(old, mask=change(old.mask), score=change(old.score))
 
-    def stage(old: Attend) -> Attend:
-        return replace(old, branches=tuple(map(branch, old.branches)))
-
-    return replace(program, stages=tuple(map(stage, program.stages)))
+def _map_record(value: Any, change: Callable[[Expr], Expr]) -> Any:
+    """Rebuild a record of the IR with every expression in it changed."""
+    if isinstance(value, Expr):
+        return change(value)
+    if isinstance(value, Address):
+        return Address(*(_map_record(v, change) for v in value))
+    if isinstance(value, tuple):
+        return tuple(_map_record(v, change) for v in value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _map_record(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[type-var]
+    return value
