@@ -34,7 +34,7 @@ def computed_pairs(runs: RunMap) -> int:
 
 
 def _candidates(value: int, side: int) -> Iterator[int]:
-    """Multiples of the tile next to a value, and their neighbours (``<`` and ``<=`` want different ones); near first."""
+    """Multiples of the tile next to a value, near first, and their neighbours (``<`` and ``<=`` want other ones)."""
     found = []
     for multiple in dict.fromkeys((-(-value // side) * side, value // side * side)):
         for candidate in (multiple, multiple - 1, multiple + 1):

@@ -26,6 +26,7 @@ from attnlang.ir import format_expr
 from attnlang.sparsity import EMPTY, FULL, PARTIAL, analyse
 
 CHUNK = 250
+SAID = 10_000  # programs between two lines where there is no terminal to draw on
 Found = tuple[int, str]
 
 
@@ -73,6 +74,8 @@ def fuzz(first: int, count: int, jobs: int) -> list[Found]:
                 bar.console.print(f"seed {seed}: {text}", markup=False, highlight=False)
             bad += wrong
             bar.update(task, advance=n, description=f"programs, {len(bad)} violations")
+            if not console.is_terminal and done % SAID == 0:
+                print(f"{done:,} of {count:,} programs, {len(bad)} violations", file=sys.stderr, flush=True)
     print(
         f"{done:,} programs, {len(bad)} violations, {proved / max(1, decided):.2%} of {decided:,} empty or full tiles "
         f"proved, {time.perf_counter() - begin:.0f} s"
