@@ -82,7 +82,7 @@ def _check_program(program: Program) -> Iterator[str]:
     yield from _check_nodes(program, tuple(d for t in program.tensors for d in t.shape), known)
     scalars = {p.name for p in program.scalars}
     for stage in program.stages:
-        yield from _check_nodes(program, stage.roots(), known | OPERANDS)
+        yield from _check_nodes(program, stage.roots(), OPERANDS | known)
         yield from check_stage(stage, known)
         for name, made in made_by(stage).items():
             if name in known or name in scalars:
