@@ -152,6 +152,15 @@ class KernelPlan:
     node_widths: Mapping[Expr, Width] = field(default_factory=dict, compare=False, repr=False)
     bounds: Mapping[Expr, tuple[int | None, int | None]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def binary(self) -> bool:
+        """Whether kernels may hold scores times log2(e): nothing but the shift and its exponential reads them."""
+        if self.score is not None or self.stream is None:
+            return self.score is None
+        values = [a.value for a in self.stream.accumulators if a.name != self.stream.shift]
+        reads = any(isinstance(n, Input) and n.name in ("s", "raw") for n in postorder(*values))
+        return self.stream.shift is not None and len(self.steps) == 1 and not reads
+
     def level(self, node: Expr) -> Level:
         return self.node_levels[node]
 
