@@ -89,11 +89,11 @@ def steered(x: Given) -> Results:
 
 
 def histogram_values(x: Given) -> Results:
-    """Weights binned by 3-D offset, times a table of values, beside the ordinary output."""
+    """Weights binned by 3-D offset, for a table of values beside the ordinary output."""
     w = softmax(x.s)
     offset = ((x.query_place[:, :, None] - x.key_place[:, None]) / x.step).floor().long() + 3
-    onehots = onehot(offset.clamp(0, 5), 6)
-    return {"o": w @ x.v, "bins": torch.einsum("bhij,bijal->bhial", w, onehots)}
+    bins = torch.einsum("bhij,bijal->abhil", w, onehot(offset.clamp(0, 5), 6))
+    return {"o": w @ x.v, **{f"bins_{axis}": found for axis, found in zip("xyz", bins, strict=True)}}
 
 
 # branches
@@ -128,14 +128,14 @@ def bilateral(x: Given) -> Results:
 
 
 def decoupled(x: Given) -> Results:
-    image = softmax(x.q @ x.image_k.mT * x.factor, x.seen[:, None, None])
+    image = softmax(x.q @ x.image_k.mT * x.scale, x.seen[:, None, None])
     return {"o": softmax(x.s) @ x.v + x.gate[:, None, None] * (image @ x.image_v)}
 
 
 def memory(x: Given) -> Results:
     """Causal context, plus tanh(g) times a look at the image tokens seen so far."""
     seen = (x.position[:, None, :] <= x.i)[:, None]
-    image = softmax(x.memory_q @ x.image_k.mT * x.factor, seen)
+    image = softmax(x.memory_q @ x.image_k.mT * x.scale, seen)
     return {"o": softmax(x.s, x.causal) @ x.v + torch.tanh(x.gate) * (image @ x.image_v)}
 
 
@@ -165,7 +165,7 @@ def delta(x: Given) -> Results:
 
 def nested(x: Given) -> Results:
     """The subject's value is an attention of its own: sum of w_ij v_j without it, plus w_is times that."""
-    inner = softmax(x.q @ x.inner_k.mT * x.factor) @ x.inner_v
+    inner = softmax(x.q @ x.inner_k.mT * x.scale) @ x.inner_v
     w = softmax(x.s)
     subject = (x.j[0] == x.subject).double()
     return {"o": (w * (1 - subject)) @ x.v + (w * subject).sum(-1, keepdim=True) * inner}
@@ -175,7 +175,7 @@ def sorted_and_centres(x: Given) -> Results:
     """Own and next group of the sorted tokens, plus a softmax over the centres."""
     a, b = x.i // x.group, x.j // x.group
     local = softmax(x.s, (b == a) | (b == a + 1)) @ x.v
-    return {"o": local + softmax(x.q @ x.center_k.mT * x.factor) @ x.center_v}
+    return {"o": local + softmax(x.q @ x.center_k.mT * x.scale) @ x.center_v}
 
 
 def agents(x: Given) -> Results:
@@ -195,10 +195,10 @@ def high_and_low(x: Given) -> Results:
 
 
 def relational(x: Given) -> Results:
-    """sum_j a_ij v_j, and relations sum_j a_ij <q2_i, k2_j> from the factored form's definition."""
+    """sum_j a_ij v_j, and the relations sum_j a_ij <q2_i, k2_j>."""
     w = softmax(x.s)
-    relation = torch.einsum("bhij,blid,bljd->bhil", w, x.relation_q, x.relation_k)
-    return {"o": w @ x.v, "relations": relation}
+    found = torch.einsum("bhij,blid,bljd->lbhi", w, x.relation_q, x.relation_k)
+    return {"o": w @ x.v, **{f"relation_{n}": part for n, part in enumerate(found)}}
 
 
 FLOAT = "float"
@@ -278,7 +278,6 @@ STUDIES: dict[str, Study] = {
         CROSS,
         decoupled,
         draw(image_k=features(rows=7), image_v=features(rows=7, width=5), seen=(("B", 7), 0.7), gate=(("H",), FLOAT)),
-        {"factor": 0.4},
     ),
     "memory_path": Study(
         "memory_path",
@@ -291,7 +290,6 @@ STUDIES: dict[str, Study] = {
             position=(("B", 7), 9),
             gate=((), FLOAT),
         ),
-        {"factor": 0.4},
     ),
     "regional_texts": Study(
         "regional_texts", CROSS, regional, draw(text=(("B", "K"), 3), gate=(("B", "Q", 3), "positive"))
@@ -303,14 +301,14 @@ STUDIES: dict[str, Study] = {
         CROSS,
         nested,
         draw(inner_k=features(rows=7), inner_v=features(rows=7, width=5)),
-        {"factor": 0.4, "subject": 3},
+        {"subject": 3},
     ),
     "content_aware_groups": Study(
         "content_aware_groups",
         SHAPE,
         sorted_and_centres,
         draw(center_k=features(rows=4), center_v=features(rows=4, width=5)),
-        {"factor": 0.4, "group": 4},
+        {"group": 4},
     ),
     "agent_attention": Study(
         "agent_attention",
