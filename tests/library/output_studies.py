@@ -145,7 +145,8 @@ def class_row(x: Given) -> Results:
 
 def last_row(x: Given) -> Results:
     w = plain(x)
-    return attended(w, x, row=w[:, :, -1], image_mass=(w * x.image[:, None, None]).sum(-1))
+    entropy = -(w * torch.where(w > 0, w, 1.0).log()).sum(-1)
+    return attended(w, x, row=w[:, :, -1], image_mass=(w * x.image[:, None, None]).sum(-1), entropy=entropy)
 
 
 # sums over the queries of a column

@@ -22,10 +22,10 @@ def music(x: Given) -> Results:
 
 
 def relative_conv(x: Given) -> Results:
-    """(q_i + u) . k_j + (q_i + v) . R[i - j], the Transformer-XL terms."""
+    """(q_i + u) . k_j + (q_i + v) . R[i - j], with v . R given."""
     content = (x.q + x.u[:, None]) @ x.k.mT
     at = (x.i - x.j).clamp(min=0)
-    position = torch.einsum("bhid,hijd->bhij", x.q + x.w_pos[:, None], x.embedding[:, at])
+    position = torch.einsum("bhid,hijd->bhij", x.q, x.embedding[:, at]) + x.place[:, at]
     return {"o": softmax((content + position) * x.factor, x.causal) @ x.v}
 
 
@@ -73,6 +73,12 @@ def local_linear(x: Given) -> Results:
     z = x.k[:, :, None] - x.q[:, :, :, None]
     w = torch.exp(x.s) * (1 - torch.einsum("bhijd,bhid->bhij", z, x.rho)) * x.causal
     return {"o": w / w.sum(-1, keepdim=True) @ x.v}
+
+
+def local_moments(x: Given) -> Results:
+    w = torch.exp(x.s) * x.causal
+    t = torch.einsum("bhijd,bhid->bhij", x.k[:, :, None] - x.q[:, :, :, None], x.direction)
+    return {"total": w.sum(-1), "keys_sum": w @ x.k, "along": (w * t).sum(-1), "keys_along": (w * t) @ x.k}
 
 
 def chosen_maps(x: Given) -> Results:
@@ -128,7 +134,7 @@ def bilateral(x: Given) -> Results:
 
 
 def decoupled(x: Given) -> Results:
-    image = softmax(x.q @ x.image_k.mT * x.scale, x.seen[:, None, None])
+    image = softmax(x.image_q @ x.image_k.mT * x.scale, x.seen[:, None, None])
     return {"o": softmax(x.s) @ x.v + x.gate[:, None, None] * (image @ x.image_v)}
 
 
@@ -227,7 +233,7 @@ STUDIES: dict[str, Study] = {
         "relative_conv",
         SHAPE,
         relative_conv,
-        draw(u=(("H", 6), FLOAT), w_pos=(("H", 6), FLOAT), embedding=(("H", 13, 6), FLOAT)),
+        draw(u=(("H", 6), FLOAT), place=(("H", 13), FLOAT), embedding=(("H", 13, 6), FLOAT)),
         {"factor": 0.4},
         scale=0.4,
     ),
@@ -257,6 +263,7 @@ STUDIES: dict[str, Study] = {
         "match_attention", _IMAGE, matching, make_matching, {"width": 4, "radius": 1, "factor": 0.4}
     ),
     "local_linear": Study("local_linear", SHAPE, local_linear, draw(rho=features(rows="Q"))),
+    "local_linear_moments": Study("local_linear_moments", SHAPE, local_moments, draw(direction=features(rows="Q"))),
     "preserved_maps": Study(
         "preserved_maps", SHAPE, chosen_maps, draw(keep=(("B", "K"), 0.4), **_SOURCE), {"factor": 0.4}
     ),
@@ -277,7 +284,13 @@ STUDIES: dict[str, Study] = {
         "decoupled_cross",
         CROSS,
         decoupled,
-        draw(image_k=features(rows=7), image_v=features(rows=7, width=5), seen=(("B", 7), 0.7), gate=(("H",), FLOAT)),
+        draw(
+            image_q=features(rows="Q"),
+            image_k=features(rows=7),
+            image_v=features(rows=7, width=5),
+            seen=(("B", 7), 0.7),
+            gate=(("H",), FLOAT),
+        ),
     ),
     "memory_path": Study(
         "memory_path",
