@@ -52,7 +52,7 @@ class Held:
 
 @dataclass(frozen=True)
 class StepText:
-    """Text of one pass: ``follow`` names the running maximum, ``base`` is what scores are relative to in other passes."""
+    """Text of one pass: ``follow`` names the running maximum, ``base`` is what scores are relative to elsewhere."""
 
     held: tuple[Held, ...]
     columns: tuple[Held, ...]

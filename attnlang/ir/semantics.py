@@ -149,9 +149,9 @@ def operand_rows(operand: Operand, env: Environment, region: Region, axis: str) 
         heads = region.heads
         if operand.index == KEY_ADDRESS and t.shape[1] != env.sizes["H"]:
             heads = heads // max(1, env.sizes["H"] // max(1, t.shape[1]))
-        for dim, index in enumerate((region.batch, heads, vector)):
-            if not _is_all(index, t.shape[dim]):
-                t = t.index_select(dim, index)
+        for axis_dim, which in enumerate((region.batch, heads, vector)):
+            if not _is_all(which, t.shape[axis_dim]):
+                t = t.index_select(axis_dim, which)
         return t.to(env.float_dtype)
     index = [evaluate(e, env) for e in operand.index]
     dim = 2 if axis == "q" else 3

@@ -245,7 +245,7 @@ CASES = {
     "maximum of rows": (P + "output a = max(«w * V», over=k)", "ATL215", "rows are summed", ""),
     "key without extent": (P + "output a = sum(w, over=k, key=«k»)", "ATL215", "1 key(s) and 0 extent(s)", ""),
     "float key": (P + "output a = sum(w, over=k, key=«0.5», extent=3)", "ATL203", "a key must be int", ""),
-    "empty extent": (P + "output a = sum(w, over=k, key=k, extent=«0»)", "ATL215", "cannot be 0", ""),
+    "empty extent of a key": (P + "output a = sum(w, over=k, key=k, extent=«0»)", "ATL215", "cannot be 0", ""),
     "extent of a key": (P + "output a = sum(w, over=k, key=k, extent=«k»)", "ATL213", "not known in the extent", ""),
     "empty of a row": (P + "output a = max(s, over=k, empty=«H»)", "ATL203", "must be a constant", "-inf"),
     "bool output": (P + "output a = sum(«w > 0», over=k)", "ATL203", "must be float, got bool", "float("),
