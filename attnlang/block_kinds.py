@@ -102,7 +102,8 @@ class _Points:
 
         At most ``side`` positions are tried in each direction, all of them where a tile has no more.
         """
-        q, k = (np.unique(np.linspace(0, n - 1, min(side, n)).round().astype(np.int64)) for n in self._tile)
+        spans = (min(n, end + 1) for n, end in zip(self._tile, self._ends, strict=True))
+        q, k = (np.unique(np.linspace(0, n - 1, min(side, n)).round().astype(np.int64)) for n in spans)
         step = max(1, eager.BUDGET // (len(q) * len(k)))
         parts = [self._evaluate(tiles[i : i + step], q, k) for i in range(0, len(tiles), step)]
         if not parts:

@@ -7,8 +7,10 @@ operation moves. A tensor that has no version counter (made in inference mode, o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -64,6 +66,21 @@ def _fingerprint(t: torch.Tensor) -> tuple[Key, weakref.ref[torch.Tensor] | None
     return (*kind, id(t), t.data_ptr(), t.stride(), t._version), weakref.ref(t)
 
 
+@functools.lru_cache(maxsize=CAPACITY)
+def _warn_once(mask: Expr, name: str) -> None:
+    """A mask that hides everything is more often a mistake than wanted; say so, once for each mask."""
+    reason = (
+        "what its captured tensors hold"
+        if any(isinstance(n, Load) for n in postorder(mask))
+        else "it contradicts itself"
+    )
+    warnings.warn(
+        f"{name}: no query can see any key at these lengths ({reason}); the output is zero",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+
+
 class RunMaps:
     """A small, thread-safe cache of run maps; the least recently used one is dropped first."""
 
@@ -86,7 +103,10 @@ class RunMaps:
         def runs(tile: Tile) -> RunMap:
             if not base:
                 base.append(self._key(program.mask, sizes, params, tensors))
-            return self._get(base[0], tile, lambda: _analyse(program, sizes, params, tensors, tile))
+            found = self._get(base[0], tile, lambda: _analyse(program, sizes, params, tensors, tile))
+            if found.always_empty and found.rows and found.sizes[1]:
+                _warn_once(program.mask, program.name)
+            return found
 
         return runs
 

@@ -16,11 +16,12 @@ from .analyse import analyse
 from .clauses import Clause, clause_report
 from .closed_form import ClosedForm, closed_form
 from .runmap import FULL, PARTIAL, RunMap
-from .settle import tile_areas, visible_pairs
+from .settle import visible_pairs, visible_shares
 
 __all__ = ["Efficiency", "Report", "explain"]
 
 PAIRS = 1 << 24  # pairs evaluated to count what is visible in partial tiles; beyond it an even sample of tiles
+POINTS = 512  # positions of a tile in each direction that are looked at for a sample; more than a kernel's tile has
 AXES = (("b", "the batch element"), ("h", "the head"))
 WIDTH, TEXT = 88, 40
 
@@ -239,12 +240,14 @@ def _efficiency(
 ) -> Efficiency:
     """Visible / computed pairs, counting all partial tiles or an even sample of them."""
     computed, full = computed_pairs(runs), _pairs(runs, FULL)
-    row, column, every = _some_partial(runs, max(16, PAIRS // (runs.tile[0] * runs.tile[1])))
-    seen = visible_pairs(program, runs, sizes, params, tensors, row, column)
-    if every:
+    area = min(runs.tile[0], max(1, runs.sizes[0])) * min(runs.tile[1], max(1, runs.sizes[1]))
+    row, column, every = _some_partial(runs, max(16, PAIRS // area))
+    if every and len(row) * area <= PAIRS:
+        seen = visible_pairs(program, runs, sizes, params, tensors, row, column)
         return Efficiency(full + int(seen.sum()), computed, len(row), True, 0.0)
-    density, pairs = seen / tile_areas(runs, row, column), _pairs(runs, PARTIAL)
-    error = float(density.std(ddof=1)) / len(row) ** 0.5 * pairs / computed
+    density = visible_shares(program, runs, sizes, params, tensors, row, column, POINTS)
+    pairs = _pairs(runs, PARTIAL)
+    error = float(density.std(ddof=1)) / len(row) ** 0.5 * pairs / computed if len(row) > 1 else 1 / POINTS
     return Efficiency(full + pairs * float(density.mean()), computed, len(row), False, error)
 
 
