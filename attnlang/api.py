@@ -10,7 +10,7 @@ import torch
 
 from attnlang.ir import FLOAT, OUTPUT_NAMES, Program, Scalar, UsageError, digest, format_program, verify
 from attnlang.ir import reference as evaluate_dense
-from attnlang.passes.learned import learnable, with_captured_numbers
+from attnlang.passes.learned import learnable, only_in_masks, with_captured_numbers
 from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch
 from attnlang.runtime.bind import Binder, Bound, check_scalar, suggest
@@ -110,6 +110,7 @@ class Attention:
         self._binder = Binder(self.program)
         self._float_names = frozenset(p.name for p in self.program.scalars if p.type is FLOAT)
         self._learnable = learnable(self.program)
+        self._only_in_masks = only_in_masks(self.program)
         self._learning = self._with_captured_numbers() if self._learnable else None
         self._enter_graphs()
 
@@ -158,6 +159,8 @@ class Attention:
             UsageError: an argument does not fit the program.
             Unavailable: ``backend`` was named and cannot run here.
         """
+        if self._only_in_masks and torch.is_grad_enabled():
+            self._refuse_gradients_of_masks(captured)
         if any(isinstance(captured.get(name), Tensor) for name in self._float_names):
             learning, captured = self._numbers_captured(captured, q)
             return learning(
@@ -169,6 +172,16 @@ class Attention:
         else:
             made = self._eager_call(q, k, v, scale, backend, captured)
         return _arrange(self.program.name, made, return_lse, return_aux)
+
+    def _refuse_gradients_of_masks(self, captured: dict[str, Any]) -> None:
+        for name in self._only_in_masks:
+            x = captured.get(name, self._defaults.get(name))
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise UsageError(
+                    f"{name} wants a gradient, but only the mask of {self.program.name} reads it, and hiding a pair "
+                    f"has none. Pass {name}.detach(), or learn it straight through: keep the hard mask and let the "
+                    "score read it too, as a soft copy of the mask (where it says x > 0, add log(sigmoid(x)))"
+                )
 
     def _numbers_captured(self, captured: dict[str, Any], q: Tensor) -> tuple[Attention, dict[str, Any]]:
         """The attention and the arguments for a call that gives tensors for float parameters."""

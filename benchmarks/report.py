@@ -121,7 +121,14 @@ def training(rows: Rows) -> list[str]:
         if r["table"] == "captured"
     ]
     head = table(["forward and backward, ms", "`attnlang`", "peer"], steps)
-    return [*head, "", *table(["backward, ms", "without its gradient", "with it"], added)]
+    needed = [
+        [r["case"].removeprefix("N = "), f"{r['peak_mib']:.0f}", f"{r['one_set_mib']:.0f}"]
+        for r in rows
+        if r["table"] == "memory"
+    ]
+    parts = [head, table(["backward, ms", "without its gradient", "with it"], added)]
+    parts.append(table(["tokens, H = 1, D = 64", "peak of a step, MiB", "q, k, v and o alone, MiB"], needed))
+    return [line for part in parts for line in (*part, "")][:-1]
 
 
 def memory(rows: Rows) -> list[str]:

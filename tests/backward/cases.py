@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from attnlang.ir import FLOAT, Load, Program, Size, TensorParam, reference_attention, simple
+from attnlang.ir import BOOL, FLOAT, Load, Program, Size, TensorParam, reference_attention, simple
 from attnlang.ir.build import b, clamp, const, h, k, op, q, s
 from attnlang.runtime.call import Call
 from attnlang.sparsity import analyse
@@ -48,7 +50,15 @@ LEARNABLE = [
     learnable("capped", op("mul", op("tanh", op("div", op("add", s, bias(h)), 2.0)), 2.0), ("H",), (4,)),
     learnable("only_bias", op("add", op("mul", s, 0.0), bias(q)), ("n",), (N,)),
     learnable("reciprocal", op("div", s, op("sub", op("to_float", q), k)), (), (), mask=op("lt", k, q)),
+    learnable("head_specific", op("add", s, bias(h, q, k)), ("H", "m", "n"), (4, N, N)),
+    learnable("transposed", op("add", s, bias(h, k, q)), ("H", "m", "n"), (4, N, N)),
+    learnable("global_tokens", op("where", op("lt", k, 32), op("add", s, bias(clamp(k, 0, 31))), s), ("n",), (32,)),
+    learnable("one_of_several", op("add", s, bias(b, h, 1, q)), ("B", "H", "o", "n"), (2, 4, 3, N)),
+    learnable("indirect", op("add", s, bias(op("mod", op("mul", q, 7), 31))), ("n",), (31,)),
+    learnable("coarse_keys", op("add", s, bias(h, q, op("floordiv", k, 8))), ("H", "m", "n"), (4, N, N // 8 + 1)),
+    learnable("short_pairs", op("add", s, bias(q, k)), ("m", "n"), (N - 60, N - 70)),
 ]
+"""The learnable forms of PyTorch's tests of flex_attention, and others."""
 
 
 def make_call(program: Program, shapes, tensors, dtype=torch.float32, strided=False, params=None):
@@ -65,14 +75,18 @@ def make_call(program: Program, shapes, tensors, dtype=torch.float32, strided=Fa
     sizes = {"B": batch, "H": heads, "Hkv": kv_heads, "Lq": lq, "Lk": lk}
     for param in program.tensors:
         sizes |= {dim.name: n for dim, n in zip(param.shape, tensors[param.name].shape, strict=True)}
+    return with_captures(Call(program, *operands, sizes, params or {}, {}, d**-0.5, None), tensors)
+
+
+def with_captures(call: Call, tensors) -> Call:
     maps = {}
 
     def runs(tile):
         if tile not in maps:
-            maps[tile] = analyse(program, sizes, params or {}, tensors, tile)
+            maps[tile] = analyse(call.program, call.sizes, call.params, tensors, tile)
         return maps[tile]
 
-    return Call(program, *operands, sizes, params or {}, tensors, d**-0.5, runs)
+    return replace(call, tensors=tensors, runs=runs)
 
 
 def wanted(call: Call):
@@ -117,3 +131,14 @@ def check(call: Call, forward, backward, tolerance=1e-4):
         scale = max(reference.abs().max().item(), 1e-6) if reference.numel() else 1.0
         error = (ours[name] - reference).abs().max().item() / scale if reference.numel() else 0.0
         assert error < tolerance, (name, error)
+
+
+def logarithm_call(size: int = 70) -> Call:
+    """log(score) under a mask that shows exactly the pairs whose score has a logarithm."""
+    tensors = (TensorParam("shown", BOOL, tuple(Size(n) for n in ("B", "H", "Lq", "Lk"))),)
+    program = simple("log", mask=Load("shown", (b, h, q, k), BOOL), score=op("log", s), tensors=tensors)
+    call = make_call(program, (2, 2, 2, size, size, 16, 16), {"shown": torch.ones(2, 2, size, size, dtype=torch.bool)})
+    scores = call.q @ call.k.transpose(-1, -2) * call.scale
+    shown = scores > 0.05
+    shown[:, :, 3] = False  # a row without keys, whose logarithms are NaN
+    return with_captures(call, {"shown": shown})
