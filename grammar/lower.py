@@ -13,6 +13,7 @@ from attnlang.ir import (
     AXES,
     BOOL,
     FLOAT,
+    HEAD_SIZES,
     INT,
     Attend,
     Const,
@@ -144,6 +145,8 @@ class Lowering:
             return scope.inputs[name]
         if name in scope.sizes:
             return Size(name)
+        if name in HEAD_SIZES and scope.sizes:
+            return Size(name)
         if name in CONSTANTS:
             return Const(CONSTANTS[name], FLOAT)
         raise self._unknown(node)
@@ -191,6 +194,8 @@ class Lowering:
         known += [a for a in AXES if a in scope.axes]
         known += [*scope.inputs] if scope.known is None else sorted(scope.known)
         hint = f"write {_ALIASES[name]}" if name in _ALIASES else suggest(name, known)
+        if name in OPERANDS:
+            hint = f"`{name}` stands for rows: it is a factor of an output, or an argument of a term, `pool` or `rows`"
         if not hint and "shape" in scope.what:
             hint = "a size that is taken from the tensor has a name with a capital letter, e.g. `N`"
         return scope.error(node, "ATL200", f"unknown name `{name[:80]}`", hint)

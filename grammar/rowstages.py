@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from attnlang.ir import (
     BOOL,
     FLOAT,
-    HEAD_SIZES,
     INT,
     Attend,
     Const,
@@ -128,7 +127,7 @@ def _source(node: ast.Node, scope: Scope) -> str:
 
 def _extents(node: ast.Named, scope: Scope, example: str) -> tuple[Expr, Expr, Expr, Expr]:
     """Four extents; where two are given they follow batch and heads."""
-    inner = replace(scope.restricted("the shape of a stage", axes="", tensors=False), sizes=scope.sizes | {*HEAD_SIZES})
+    inner = scope.restricted("the shape of a stage", axes="", tensors=False)
     dims = node.dims or ()
     if len(dims) not in (2, 4):
         message = f"`{node.name.id}` needs its shape, of 2 or 4 dimensions, got {len(dims)}"
@@ -169,8 +168,7 @@ def _rows(node: ast.Named, scope: Scope) -> tuple[Map, TensorParam]:
     name = node.name.id
     extents = _extents(node, scope, f"rows {name}[B, H, Lq, Dv] = ...")
     lets: dict[tuple[str, Expr], Input] = {}
-    inner = scope.restricted("`rows`", axes="bhqd")
-    inner = replace(inner, elements=True, over_d=lets, sizes=scope.sizes | {*HEAD_SIZES})
+    inner = replace(scope.restricted("`rows`", axes="bhqd"), elements=True, over_d=lets)
     value = Lowering(inner).run(node.value)
     if value.type is BOOL:
         raise scope.error(node.value, "ATL203", "rows must be float, got bool", "write `a if c else b`")

@@ -53,7 +53,7 @@ def arguments(program):
     chosen = {ir.BOOL: True, ir.INT: 3, ir.FLOAT: 0.5}
     params = {p.name: chosen[p.type] if p.default is None else p.default for p in program.scalars}
     symbols = {d.name for t in program.tensors for d in t.shape if isinstance(d, ir.Size)}
-    sizes = {**dict.fromkeys(symbols, FREE), **SIZES}
+    sizes = {**dict.fromkeys(symbols, FREE), "D": 8, "Dv": 8, **SIZES}
     env = ir.Environment(sizes=sizes, params=params)
     random = torch.Generator().manual_seed(1)
     tensors = {}
@@ -74,7 +74,8 @@ def runs(program, params, tensors):
     q, k, v = (
         torch.randn(SIZES["B"], SIZES[h], SIZES[rows], 8, generator=given, dtype=torch.float64) for h, rows in shapes
     )
-    attention = attnlang.compile(program)
+    static = {p.name: params.pop(p.name) for p in program.scalars if p.static}
+    attention = attnlang.compile(program, **static)
     found = attention(q, k, v, return_aux=True, backend="eager", **params, **tensors)
     want = attnlang.reference(attention, q, k, v, return_aux=True, **params, **tensors)
     both = [t if isinstance(t, tuple) else (t,) if isinstance(t, torch.Tensor) else (None, t) for t in (found, want)]
