@@ -183,13 +183,11 @@ def _general(call: Call, stage: Attend, here: Environment, backend: str | None) 
     runs = run_maps.provider(seen, sizes, call.params, here.tensors)
     env = replace(here, sizes=sizes)
     work = regions.Work(inner, env, call.scale, runs, exact=len(set(masks)) == 1)
-    if backend not in (None, "cpp", "eager"):
-        raise Unavailable(f"it has no kernel for the hooks of {call.program.name} yet; backend='eager' runs them")
     if backend != "eager":
         try:
-            kernel = kernel_of(replace(call, runs=runs), alone, work, strict=backend == "cpp")
+            kernel = kernel_of(replace(call, runs=runs), alone, work, backend)
             work = replace(work, kernel=kernel)
         except Unavailable as error:
-            if backend == "cpp":
+            if backend is not None:
                 raise Unavailable(f"{error.reason}; backend='eager' runs {call.program.name}") from error
     return regions.attend(work)
