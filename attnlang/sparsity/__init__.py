@@ -4,7 +4,9 @@ from .analyse import analyse
 from .classify import EMPTY, FULL, PARTIAL, classify_tile
 from .closed_form import ClosedForm, closed_form
 from .explain import Clause, Report, clause_report, explain
-from .layout import Layout, Proposal, propose_layouts
+from .layout import LaidOut, Layout, lay_out
+from .orders import Dim, Hilbert, Order, Patches, Tokens
+from .propose import Proposal, propose_layouts
 from .runmap import LaunchTable, RunMap
 from .settle import settle, visible_pairs
 
@@ -14,16 +16,23 @@ __all__ = [
     "PARTIAL",
     "Clause",
     "ClosedForm",
+    "Dim",
+    "Hilbert",
+    "LaidOut",
     "LaunchTable",
     "Layout",
+    "Order",
+    "Patches",
     "Proposal",
     "Report",
     "RunMap",
+    "Tokens",
     "analyse",
     "classify_tile",
     "clause_report",
     "closed_form",
     "explain",
+    "lay_out",
     "propose_layouts",
     "settle",
     "visible_pairs",

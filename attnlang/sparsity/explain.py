@@ -14,7 +14,7 @@ from attnlang.ir import INT, Expr, Op, Program, UsageError, format_expr
 from .analyse import analyse
 from .classify import numbers
 from .closed_form import ClosedForm, closed_form
-from .layout import propose_layouts
+from .propose import propose_layouts
 from .runmap import RunMap
 from .settle import partial_tiles, visible_pairs
 
