@@ -203,7 +203,7 @@ def compile_to(
     usual = "float32" if target.partition(":")[0] == "cpu" else "bfloat16"
     name = str(parse_dtype(dtype or usual)).removeprefix("torch.")
     static: dict[str, Scalar] = fit_settings(program, parse_settings(settings))
-    specialised = Attention(program, backend=None, **static).program
+    specialised = Attention(program, backend=None, layout=None, **static).program
     text = generate(specialised, target, head_dim, value_dim or head_dim, name, held)
     if out == "-":
         if binary:

@@ -10,7 +10,7 @@ import torch
 
 from attnlang.codegen.cpp import ENTRY, SPACE, emit
 from attnlang.codegen.cpp_arguments import arguments
-from attnlang.codegen.isa import AMX, ISAS, Isa, best_isa, few_rows
+from attnlang.codegen.isa import AMX, ISAS, Isa, best_isa, few_rows, with_key_tile
 from attnlang.codegen.plan import KernelPlan
 
 from .call import Call
@@ -51,19 +51,19 @@ class Kernel:
 _kernels = KernelCache(lambda call, isa, wide, wanted: Kernel(plan_of(call, wide), isa))
 
 
-def select_isa(rows: int) -> Isa:
+def select_isa(rows: int, key_tile: int = 0) -> Isa:
     """Return the instruction set for a call of ``rows`` queries; ``ATTNLANG_ISA`` names one to use instead."""
-    return _isa(os.environ.get("ATTNLANG_ISA", ""), min(rows, MOST_ROWS))
+    return _isa(os.environ.get("ATTNLANG_ISA", ""), min(rows, MOST_ROWS), key_tile)
 
 
 @functools.lru_cache(maxsize=256)
-def _isa(chosen: str, rows: int) -> Isa:
+def _isa(chosen: str, rows: int, key_tile: int) -> Isa:
     if chosen and chosen not in ISAS:
         raise Unavailable(f"ATTNLANG_ISA={chosen!r} is not one of {', '.join(ISAS)}")
     isa = ISAS[chosen] if chosen else best_isa(processor_features())
     if not isa.needs <= processor_features():
         raise Unavailable(f"this processor lacks {', '.join(sorted(isa.needs - processor_features()))}")
-    return few_rows(isa, rows)
+    return with_key_tile(few_rows(isa, rows), key_tile)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
         if o.numel() == 0 and q.shape[0] * q.shape[1] * q.shape[2] == 0:
             return o, torch.empty(q.shape[:3], dtype=torch.float32)
-    isa = select_isa(q.shape[2])
+    isa = select_isa(q.shape[2], call.key_tile)
     if q.dtype is torch.bfloat16 and _use_matrix(q.shape[2]):
         isa = AMX
     return _kernels.get(call, isa)(call, schedule_of(call, isa), torch.get_num_threads())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ from attnlang.ir import INT, Expr, Op, Program, UsageError, format_expr
 from .analyse import analyse
 from .classify import numbers
 from .closed_form import ClosedForm, closed_form
+from .layout import Layout, lay_out
 from .propose import propose_layouts
 from .runmap import RunMap
 from .settle import partial_tiles, visible_pairs
 
 __all__ = ["Clause", "Report", "clause_report", "explain"]
 
-GRID_TILES = 1 << 20  # tiles up to which other orders of tokens are tried
 SAMPLE = 256  # partial tiles evaluated to estimate tile efficiency
 WIDTH = 88
 
@@ -39,7 +39,8 @@ class Clause:
 class Report:
     """Facts about a program at given lengths; ``str()`` is the text for people.
 
-    ``efficiency`` is visible pairs / computed pairs; ``exact`` says that all partial tiles were counted, otherwise a
+    ``order`` describes the layout of the tokens, empty where they are as they come. ``efficiency`` is visible pairs /
+    computed pairs; ``exact`` says that all partial tiles were counted, otherwise a
     sample of them was. ``computed_pairs`` over the whole batch and all heads.
     """
 
@@ -54,6 +55,7 @@ class Report:
     computed_pairs: int
     form: ClosedForm | None
     advice: tuple[str, ...]
+    order: str = ""
 
     def flops(self, head_dim: int) -> int:
         """Multiply-adds of the forward pass, counted as two, over all computed tiles."""
@@ -66,6 +68,7 @@ class Report:
         lines = [
             f"{self.name}: {lq} queries x {lk} keys in tiles of {self.runs.tile[0]} x {self.runs.tile[1]}"
             + f" (depends on {_axes(self.runs)})",
+            *([f"  tokens in {self.order}"] if self.order else []),
             *(
                 f"  {name:<8}{count:>12,}  {100 * count / total:6.2f} %"
                 for name, count in (("empty", empty), ("partial", partial), ("full", full))
@@ -112,38 +115,56 @@ def _flatten(mask: Expr) -> tuple[str, list[Expr]]:
     return mask.op, out
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a report is about, the program aside: several programs are analysed at the same sizes and layout."""
+
+    sizes: Mapping[str, int]
+    params: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor] | None
+    tile: tuple[int, int]
+    layout: Layout | None
+
+    def laid(self, program: Program) -> tuple[Program, Mapping[str, int], Mapping[str, torch.Tensor] | None]:
+        if self.layout is None:
+            return program, self.sizes, self.tensors
+        found = lay_out(program, self.layout, self.sizes, self.params, self.tensors)
+        return found.program, found.sizes, found.tensors
+
+    def runs(self, program: Program) -> RunMap:
+        laid, sizes, tensors = self.laid(program)
+        return analyse(laid, sizes, self.params, tensors, self.tile)
+
+
 def clause_report(
     program: Program,
     sizes: Mapping[str, int],
     params: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     tile: tuple[int, int] = (128, 128),
+    layout: Layout | None = None,
 ) -> tuple[Clause, ...]:
     """Return for each clause of the outermost and/or how many tiles it proves empty or full by itself.
 
     In a conjunction a clause decides the tiles it finds empty, in a disjunction those it finds full.
     """
+    asked = _Asked(sizes, params or {}, tensors, tile, layout)
     out = []
     for clause in _flatten(program.mask)[1]:
-        runs = analyse(program.with_hooks(mask=clause), sizes, params, tensors, tile)
+        runs = asked.runs(program.with_hooks(mask=clause))
         empty, partial, full = runs.counts()
         out.append(Clause(format_expr(clause), empty, partial, full))
     return tuple(out)
 
 
-def _efficiency(
-    program: Program,
-    runs: RunMap,
-    sizes: Mapping[str, int],
-    params: Mapping[str, Any] | None,
-    tensors: Mapping[str, torch.Tensor] | None,
-) -> tuple[float, bool]:
+def _efficiency(program: Program, runs: RunMap, asked: _Asked) -> tuple[float, bool]:
     """Visible / computed pairs, counting all partial tiles or an even sample of them."""
     row, column = partial_tiles(runs)
     pick = (
         np.unique(np.linspace(0, len(row) - 1, SAMPLE).astype(np.int64)) if len(row) > SAMPLE else np.arange(len(row))
     )
-    seen = visible_pairs(program, runs, sizes, params, tensors, row[pick], column[pick])
+    laid, sizes, tensors = asked.laid(program)
+    seen = visible_pairs(laid, runs, sizes, asked.params, tensors, row[pick], column[pick])
     area = runs.tile[0] * runs.tile[1]
     _, partial, full = runs.counts()
     if not partial + full:
@@ -157,16 +178,10 @@ def _share_full(runs: RunMap) -> float:
     return full / (partial + full) if partial + full else 0.0
 
 
-def _round_parameters(
-    program: Program,
-    runs: RunMap,
-    sizes: Mapping[str, int],
-    params: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor] | None,
-) -> list[str]:
+def _round_parameters(program: Program, runs: RunMap, asked: _Asked) -> list[str]:
     """Try each int parameter at the next multiple of the tile, and one less: does the share of full tiles jump?"""
     advice = []
-    known = numbers(params, program)
+    known = numbers(asked.params, program)
     now = _share_full(runs)
     for scalar in program.scalars:
         value = known.get(scalar.name)
@@ -177,7 +192,7 @@ def _round_parameters(
         for candidate in (above, above - 1, above + 1):
             if candidate == value:
                 continue
-            then = _share_full(analyse(program, sizes, {**known, scalar.name: candidate}, tensors, runs.tile))
+            then = _share_full(replace(asked, params={**known, scalar.name: candidate}).runs(program))
             if then > share + 0.02:
                 best, share = candidate, then
         if best != value:
@@ -188,19 +203,12 @@ def _round_parameters(
     return advice
 
 
-def _order_tokens(
-    program: Program,
-    runs: RunMap,
-    sizes: Mapping[str, int],
-    params: Mapping[str, Any] | None,
-    tensors: Mapping[str, torch.Tensor] | None,
-    efficiency: float,
-) -> list[str]:
+def _order_tokens(program: Program, runs: RunMap, asked: _Asked, efficiency: float) -> list[str]:
     """The best order of tokens for a mask over a grid, where it saves a fifth of the tiles or more."""
-    if not program.grids or efficiency > 0.8 or runs.nq * runs.nk > GRID_TILES or runs.always_empty:
+    if asked.layout is not None or not program.grids or efficiency > 0.8 or runs.always_empty:
         return []
     try:
-        best = propose_layouts(program, sizes, params, tensors, runs.tile, limit=1)
+        best = propose_layouts(program, asked.sizes, asked.params, asked.tensors, runs.tile, limit=1)
     except UsageError:  # the lengths are not those of the grid
         return []
     return [
@@ -216,25 +224,30 @@ def explain(
     params: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     tile: tuple[int, int] = (128, 128),
+    layout: Layout | None = None,
 ) -> Report:
     """Return a printable report: what is empty, partial and full, which clause decides it, and what would help.
 
+    With ``layout`` it is about the program under that order of tokens.
+
     Raises:
-        UsageError: as :func:`attnlang.sparsity.analyse`.
+        UsageError: as :func:`attnlang.sparsity.analyse`, and where the layout is not one of these lengths.
     """
-    runs = analyse(program, sizes, params, tensors, tile)
+    asked = _Asked(sizes, params or {}, tensors, tile, layout)
+    runs = asked.runs(program)
     connective, clauses = _flatten(program.mask)
-    efficiency, exact = _efficiency(program, runs, sizes, params, tensors)
+    efficiency, exact = _efficiency(program, runs, asked)
     _, partial, full = runs.counts()
     batch, heads = sizes.get("B", 1), sizes.get("H", 1)
     copies = (batch if runs.batch == 1 else 1) * (heads if runs.heads == 1 else 1)
-    advice = _round_parameters(program, runs, sizes, params or {}, tensors)
-    advice += _order_tokens(program, runs, sizes, params, tensors, efficiency)
+    advice = _round_parameters(program, runs, asked)
+    advice += _order_tokens(program, runs, asked, efficiency)
     if runs.always_empty and min(runs.sizes) > 0:
         advice.append("no query can see any key: the mask contradicts itself at these lengths")
-    report = clause_report(program, sizes, params, tensors, tile) if len(clauses) > 1 else ()
-    form = closed_form(program)
+    report = clause_report(program, sizes, params, tensors, tile, layout) if len(clauses) > 1 else ()
+    form = closed_form(program) if layout is None else None
+    order = "" if layout is None else layout.name
     computed = (partial + full) * tile[0] * tile[1] * copies
     return Report(
-        program.name, runs, batch, heads, connective, report, efficiency, exact, computed, form, tuple(advice)
+        program.name, runs, batch, heads, connective, report, efficiency, exact, computed, form, tuple(advice), order
     )

@@ -136,14 +136,19 @@ class Layout:
 class LaidOut:
     """A program under a layout at known sizes, parameters and captured tensors.
 
-    ``program`` reads the tables, which ``tensors`` has beside the captured ones. Its slots are positions of q, k and v
+    ``program`` reads ``tables``, which ``tensors`` has beside the captured ones. Its slots are positions of q, k and v
     after permutation. ``sizes`` has the sizes that the tables add.
     """
 
     layout: Layout
     program: Program
     sizes: dict[str, int]
-    tensors: dict[str, Tensor]
+    captured: dict[str, Tensor]
+    tables: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.captured, **self.tables}
 
 
 def lay_out(
@@ -152,8 +157,11 @@ def lay_out(
     sizes: Mapping[str, int],
     params: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> LaidOut:
-    """Return ``program`` with its slots in the order of ``layout``; tables live where the captured tensors do.
+    """Return ``program`` with its slots in the order of ``layout``.
+
+    Tables live on ``device``, by default where the captured tensors do.
 
     Time and memory are linear in the lengths.
 
@@ -163,11 +171,11 @@ def lay_out(
     layout.check(sizes)
     made = tabulate(program, layout.per_head)
     captured = dict(tensors or {})
-    device = next((t.device for t in captured.values()), torch.device("cpu"))
+    device = device or next((t.device for t in captured.values()), torch.device("cpu"))
     tokens = {axis: layout.tokens(axis).to(device) for axis in _AXES}
     tables = fill(made, tokens, layout.heads, sizes, numbers(params or {}, program), captured)
     extra = {made.orders: len(layout.q)} if made.orders else {}
-    return LaidOut(layout, made.program, {**sizes, **extra}, {**captured, **tables})
+    return LaidOut(layout, made.program, {**sizes, **extra}, captured, tables)
 
 
 def fill(
