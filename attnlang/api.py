@@ -222,13 +222,15 @@ class Attention:
         laid = lay_out(self.program, layout, sizes, params, tensors)
         return analyse(laid.program, laid.sizes, params, laid.tensors, tile)
 
-    def layout_of(self, q_len: int, kv_len: int, *, B: int = 1, H: int = 1, **captured: Any) -> Layout | None:
-        """Return the order of tokens that calls of these lengths use, None for the order they come in.
+    def layout_of(
+        self, q_len: int, kv_len: int, *, B: int = 1, H: int = 1, Hkv: int | None = None, **captured: Any
+    ) -> Layout | None:
+        """Return the order of tokens that calls of these lengths use on a CPU, None for the order they come in.
 
         Raises:
             UsageError: a negative length, or a captured tensor, a parameter or the layout does not fit.
         """
-        sizes = {"B": B, "H": H, "Hkv": H, "Lq": q_len, "Lk": kv_len}
+        sizes = {"B": B, "H": H, "Hkv": H if Hkv is None else Hkv, "Lq": q_len, "Lk": kv_len}
         sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
         return layouts.choose(self.program, sizes, params, tensors, self.layout)
 

@@ -20,6 +20,7 @@ from .cli_options import (
     Heads,
     KvHeads,
     KvLen,
+    LayoutText,
     Len,
     QLen,
     Seed,
@@ -131,6 +132,7 @@ def show(
     batch: Batch = 1,
     heads: Heads = 8,
     at: Annotated[str, typer.Option("--at", metavar="B,H", help="The batch element and the head to draw.")] = "0,0",
+    layout: LayoutText = None,
     png: Annotated[Path | None, typer.Option("--png", metavar="OUT", help="Write a picture, too.")] = None,
     tensors: TensorFile = None,
     seed: Seed = 0,
@@ -146,7 +148,7 @@ def show(
 
     shape = {"B": batch, "H": heads, "Hkv": heads, "Lq": _or(q_len, length), "Lk": _or(kv_len, length)}
     sides = parse_tile(tile) if tile else None
-    picture, notes = draw(source, shape, settings or [], sides, _pair(at, batch, heads), tensors, seed)
+    picture, notes = draw(source, shape, settings or [], sides, _pair(at, batch, heads), tensors, seed, layout)
     for line in notes:
         note(f"made up: {line}")
     print(picture.text(columns=_columns(), style=_glyphs()))
@@ -237,6 +239,7 @@ def run(
     tensors: TensorFile = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto: a GPU if there is one.")] = "auto",
     backend: Annotated[str | None, typer.Option(help="cpp, triton or eager; by default chosen by the device.")] = None,
+    layout: LayoutText = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the float64 reference; exit 1 if wrong.")
     ] = False,
@@ -255,7 +258,7 @@ def run(
     job = prepare(source, shape, settings or [], dtype, device, tensors, seed)
     for line in job.notes:
         note(f"made up: {line}")
-    passed = print_run(job, backend, check)
+    passed = print_run(job, backend, check, layout)
     raise typer.Exit(OK if passed else WRONG)
 
 
@@ -301,17 +304,20 @@ def explain(
     kv_len: KvLen = None,
     batch: Batch = 1,
     heads: Heads = 8,
+    layout: LayoutText = None,
     tensors: TensorFile = None,
     seed: Seed = 0,
 ) -> None:
     """Say why tiles are empty, partial or full, and what would make the mask sparser.
 
     Example: [cyan]attnlang explain sliding_window --set window=500[/]
+
+    Example: [cyan]attnlang explain neighborhood_2d --set height=64 --set width=64 --layout auto[/]
     """
     from .cli_work import explain_text
 
     shape = {"B": batch, "H": heads, "Hkv": heads, "Lq": _or(q_len, length), "Lk": _or(kv_len, length)}
-    text, notes = explain_text(source, shape, settings or [], tensors, seed)
+    text, notes = explain_text(source, shape, settings or [], tensors, seed, layout)
     for line in notes:
         note(f"made up: {line}")
     print(text)

@@ -86,16 +86,20 @@ def draw(
     at: tuple[int, int],
     tensor_file: str | None,
     seed: int,
+    layout: str | None = None,
 ) -> tuple[TilePicture, tuple[str, ...]]:
     """Return the picture of a program and what was made up for it."""
     program = load_program(source)
     given = {n: t for n, t in _given(tensor_file, program).items() if n not in "qkv"}
     values, notes = _values(program, sizes, settings, given, seed)
     tile = tile or (_side(sizes["Lq"]), _side(sizes["Lk"]))
-    run_map = attnlang.compile(program).run_map(
-        sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"], Hkv=sizes["Hkv"], tile=tile, **values
-    )
+    attention = attnlang.compile(program, layout=layout)
+    shape = {"B": sizes["B"], "H": sizes["H"], "Hkv": sizes["Hkv"]}
+    run_map = attention.run_map(Lq=sizes["Lq"], Lk=sizes["Lk"], tile=tile, **shape, **values)
     title = _signature_of_call(program, values)
+    if layout is not None:
+        chosen = attention.layout_of(sizes["Lq"], sizes["Lk"], **shape, **values)
+        title += f", tokens in {chosen.name if chosen else 'the order they come in'}"
     if run_map.heads > 1 or run_map.batch > 1:
         title += f", batch element {at[0]}, head {at[1]}"
     return picture_of(run_map, title, batch=at[0], head=at[1]), notes
@@ -118,13 +122,19 @@ def _signature_of_call(program: Program, values: Mapping[str, Any]) -> str:
 
 
 def explain_text(
-    source: str, sizes: Mapping[str, int], settings: Iterable[str], tensor_file: str | None, seed: int
+    source: str,
+    sizes: Mapping[str, int],
+    settings: Iterable[str],
+    tensor_file: str | None,
+    seed: int,
+    layout: str | None = None,
 ) -> tuple[str, tuple[str, ...]]:
     """Return the report of ``Attention.explain`` as text, and what was made up for it."""
     program = load_program(source)
     given = {n: t for n, t in _given(tensor_file, program).items() if n not in "qkv"}
     values, notes = _values(program, sizes, settings, given, seed)
-    report = attnlang.compile(program).explain(sizes["Lq"], sizes["Lk"], B=sizes["B"], H=sizes["H"], **values)
+    attention = attnlang.compile(program, layout=layout)
+    report = attention.explain(sizes["Lq"], sizes["Lk"], B=sizes["B"], H=sizes["H"], **values)
     return str(report), notes
 
 

@@ -51,6 +51,8 @@ ROUGH, SAMPLE = 8, 32
 """Query tiles whose keys are counted, to find the likeliest orders and to judge those."""
 MOST = 96
 """Candidates that are judged."""
+FINALISTS = 4
+"""Orders judged by a larger sample and more precisely, at least."""
 RUN_COST = 8
 """Time that starting a run of key tiles takes, in keys."""
 PARTIAL_COST = 1.15
@@ -229,16 +231,19 @@ class _Judge:
         self.made = replace(self.made, tables=tuple(t for t in self.made.tables if t.name in needed))
         self.device = next((t.device for t in tensors.values()), torch.device("cpu"))
 
-    def cost(self, orders: tuple[Order, Order], tile: tuple[int, int], tiles: int = SAMPLE) -> _Cost:
+    def cost(self, orders: tuple[Order, Order], tile: tuple[int, int], *, rough: bool = False) -> _Cost:
         """Keys and time of a query tile under ``orders``, of each head or, where all are alike, of one."""
         keys_at = orders[1].tokens()
         queries_at = keys_at if orders[0] == orders[1] else orders[0].tokens()
-        places = {"q": queries_at[None, _sampled(self.sizes["Lq"], tile[0], tiles)], "k": keys_at[None]}
+        places = {
+            "q": queries_at[None, _sampled(self.sizes["Lq"], tile[0], ROUGH if rough else SAMPLE)],
+            "k": keys_at[None],
+        }
         places = {axis: x.to(self.device) for axis, x in places.items()}
         tables = fill(self.made, places, (), self.sizes, self.params, self.tensors)
         sizes = {**self.sizes, "Lq": places["q"].shape[1]}
         captured = {**self.tensors, **tables}
-        runs = analyse(self.program, sizes, self.params, captured, tile, precise=False)
+        runs = analyse(self.program, sizes, self.params, captured, tile, precise=not rough)
         keys = (runs.end - runs.start).astype(np.float64) * tile[1]
         time = np.where(runs.kind == PARTIAL, PARTIAL_COST, 1.0) * keys + RUN_COST
         row = runs.row_of_run()
@@ -272,11 +277,11 @@ def propose_layouts(
     if min(sizes["Lq"], sizes["Lk"]) == 0:
         return ()
     judge = _Judge(program, sizes, known, tensors or {})
-    rough = (tile[0], min((tile[1], *key_tiles)))
+    finest = (tile[0], min((tile[1], *key_tiles)))
     candidates = list(itertools.islice(dict.fromkeys(_candidates(program, grids, sizes, known, tile[0])), MOST))
-    found = {orders: judge.cost(orders, rough, ROUGH) for orders in candidates}
+    found = {orders: judge.cost(orders, finest, rough=True) for orders in candidates}
     plain = judge.cost(candidates[0], tile)
-    ranked = sorted(found, key=lambda o: float(found[o].time.mean()))[: limit + 1]
+    ranked = sorted(found, key=lambda o: float(found[o].time.mean()))[: max(limit, FINALISTS)]
     made = [_layout(judge, [orders], (), tile, key_tiles, plain) for orders in ranked]
     if len(plain.time) > 1:
         made.append(_layout(judge, *_each_head(found, sizes), tile, key_tiles, plain))
