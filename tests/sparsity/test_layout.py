@@ -147,7 +147,7 @@ def random_layout(random: Random, lq: int, lk: int) -> Layout:
 
 
 def test_random_programs_under_random_layouts_are_permuted_and_their_tiles_proved() -> None:
-    @settings(max_examples=150, database=None)
+    @settings(max_examples=60, database=None)
     @given(st.integers(0, 2**48))
     def run(seed: int) -> None:
         random = Random(seed)
@@ -178,13 +178,11 @@ def test_tables_are_stored_as_narrow_as_they_are() -> None:
     [
         ("neighborhood_2d", {"height": 128, "width": 128, "window": 13}, 16384, 3.0),
         ("maxvit_grid", {"height": 64, "width": 64, "cells": 8}, 4096, 7.9),
-        ("maxvit_grid", {"height": 32, "width": 48, "cells": 8}, 1536, 6.0),
         ("axial", {"height": 64, "width": 64}, 4096, 30.0),
         ("cswin", {"height": 49, "width": 56, "stripe": 7}, 49 * 56, 3.0),
         ("cyclic_window", {"height": 32, "width": 32, "shift_y": 5, "shift_x": 9}, 1024, 1.9),
         ("maxvit_block", {"height": 56, "width": 56, "window": 7}, 3136, 1.3),
         ("dilated_neighborhood_1d", {"window": 63, "dilation": 8}, 4096, 3.0),
-        ("sliding_tile", {"frames": 8, "height": 16, "width": 16}, 2048, 1.3),
     ],
 )
 def test_proposals_save_tiles(name: str, params: dict[str, int], n: int, gain: float) -> None:
