@@ -22,6 +22,7 @@ from attnlang.ir.build import op
 
 from . import autograd, dispatch
 from .call import Call
+from .rows import Job, move
 from .runs import Memory, identify
 
 if TYPE_CHECKING:
@@ -331,15 +332,17 @@ def _by_parts(call: Call, here: _Arranged, groups: int, backend: str | None) -> 
     orders, key_orders = here.heads or (0,) * heads, _heads(here.heads, shared) or (0,) * shared
     space: dict[str, Tensor] = {}
 
+    jobs: list[Job] = []
+
     def take(name: str, x: Tensor, axis: _Axis | None, b: int, part: slice, which: tuple[int, ...]) -> Tensor:
-        """Some heads of one batch element, in order."""
+        """Some heads of one batch element, which the jobs put in order."""
         if axis is None:
             return x[b : b + 1, part]
         shape = (1, part.stop - part.start, *x.shape[2:])
         if name not in space or space[name].shape != shape:
             space[name] = x.new_empty(shape)
-        for i, h in enumerate(range(part.start, part.stop)):
-            torch.index_select(x[b, h], 0, axis.tokens[which[h]], out=space[name][0, i])
+        heads = range(part.start, part.stop)
+        jobs.extend((x[b, h], space[name][0, i], axis.tokens[which[h]]) for i, h in enumerate(heads))
         return space[name]
 
     for b in range(batch):
@@ -358,12 +361,15 @@ def _by_parts(call: Call, here: _Arranged, groups: int, backend: str | None) -> 
                 runs=here.runs_of(call, b, rows),
                 key_tile=here.layout.key_tile,
             )
+            move(jobs)
             found, found_lse = dispatch.attend(part, backend)
+            jobs.clear()
+            if here.q is None:
+                o[b, rows], lse[b, rows] = found[0], found_lse[0]
+                continue
             for i, h in enumerate(range(rows.start, rows.stop)):
-                if here.q is None:
-                    o[b, h], lse[b, h] = found[0, i], found_lse[0, i]
-                    continue
                 slots = here.q.slots[orders[h]]
-                torch.index_select(found[0, i], 0, slots, out=o[b, h])
-                torch.index_select(found_lse[0, i], 0, slots, out=lse[b, h])
+                jobs += [(found[0, i], o[b, h], slots), (found_lse[0, i], lse[b, h], slots)]
+            move(jobs)
+            jobs.clear()
     return o, lse
