@@ -22,11 +22,12 @@ from attnlang.ir.build import op
 
 from . import autograd, dispatch
 from .call import Call
-from .rows import Job, move
 from .runs import Memory, identify
 
 if TYPE_CHECKING:
     from attnlang.sparsity import Layout, RunMap
+
+    from .rows import Job
 
 __all__ = ["Choice", "attend", "choose", "gradients"]
 
@@ -322,6 +323,8 @@ def _groups(call: Call) -> int:
 
 
 def _by_parts(call: Call, here: _Arranged, groups: int, backend: str | None) -> tuple[Tensor, Tensor]:
+    from .rows import move
+
     batch, heads, lq, _ = call.q.shape
     shared = call.k.shape[1]
     group = heads // shared
@@ -331,7 +334,6 @@ def _by_parts(call: Call, here: _Arranged, groups: int, backend: str | None) -> 
     tensors = here.tensors(call)
     orders, key_orders = here.heads or (0,) * heads, _heads(here.heads, shared) or (0,) * shared
     space: dict[str, Tensor] = {}
-
     jobs: list[Job] = []
 
     def take(name: str, x: Tensor, axis: _Axis | None, b: int, part: slice, which: tuple[int, ...]) -> Tensor:

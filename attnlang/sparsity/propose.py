@@ -40,6 +40,7 @@ from .analyse import analyse
 from .classify import numbers
 from .layout import Layout, fill
 from .orders import Dim, Hilbert, Order, Patches, row_major
+from .refine import TILES
 from .runmap import PARTIAL
 
 __all__ = ["Proposal", "grids_of", "propose_layouts"]
@@ -243,7 +244,10 @@ class _Judge:
         tables = fill(self.made, places, (), self.sizes, self.params, self.tensors)
         sizes = {**self.sizes, "Lq": places["q"].shape[1]}
         captured = {**self.tensors, **tables}
-        runs = analyse(self.program, sizes, self.params, captured, tile, precise=not rough)
+        runs = analyse(self.program, sizes, self.params, captured, tile, precise=False)
+        share = self.sizes["Lq"] / max(1, sizes["Lq"])
+        if not rough and runs.counts()[1] * share <= TILES:  # the whole map will be refined, too
+            runs = analyse(self.program, sizes, self.params, captured, tile)
         keys = (runs.end - runs.start).astype(np.float64) * tile[1]
         time = np.where(runs.kind == PARTIAL, PARTIAL_COST, 1.0) * keys + RUN_COST
         row = runs.row_of_run()

@@ -13,7 +13,8 @@ def test_rows_go_where_the_order_says(monkeypatch: pytest.MonkeyPatch, compiled:
     if not compiled:
         monkeypatch.setattr(rows, "_helper", lambda: None)
     jobs = []
-    for length, width, dtype in ((1000, 64, torch.float32), (7, 3, torch.bfloat16), (513, 16, torch.float64), (0, 4, torch.float16)):  # fmt: skip
+    shapes = ((1000, 64, torch.float32), (7, 3, torch.bfloat16), (513, 16, torch.float64), (0, 4, torch.float16))
+    for length, width, dtype in shapes:
         source = torch.randn(length, width).to(dtype)
         jobs.append((source, torch.empty_like(source), torch.randperm(length)))
     line, wide = torch.randn(300), torch.randn(40, 300, 2)
