@@ -22,6 +22,7 @@ from attnlang.ir import (
     FLOAT,
     INT,
     KEY_ADDRESS,
+    Attend,
     Const,
     Environment,
     Expr,
@@ -109,8 +110,8 @@ class Binder:
         self.program = program
         self._scalars = {p.name: p for p in program.scalars}
         self._tensors = {p.name: p for p in program.tensors}
-        operands = program.attend.operands()
-        self._grouped = any(o.source in "kv" and o.address == KEY_ADDRESS for o in operands)
+        operands = [o for stage in program.stages if isinstance(stage, Attend) for o in stage.operands()]
+        self._grouped = any(o.source in "kv" and o.index == KEY_ADDRESS for o in operands)
         self._reaches = sorted(_reaches(program))
 
     def bind(
@@ -333,6 +334,13 @@ def _extent(dim: Expr, sizes: Mapping[str, int], params: Mapping[str, Scalar], t
 
 def _reaches(program: Program) -> set[tuple[str, int, str]]:
     """Loads whose index is an axis itself, as (tensor, dimension, axis)."""
-    roots = (r for stage in program.stages for r in stage.roots())
-    loads = (n for n in postorder(*roots) if isinstance(n, Load))
-    return {(n.tensor, d, i.axis) for n in loads for d, i in enumerate(n.indices) if isinstance(i, Index)}
+    whole = [s for s in program.stages if isinstance(s, Attend) and s.lengths == Attend().lengths]
+    roots = (r for stage in whole for r in stage.roots())
+    known = {t.name for t in program.tensors}
+    loads = (n for n in postorder(*roots) if isinstance(n, Load) and n.tensor in known)
+    return {
+        (n.tensor, d, i.axis)
+        for n in loads
+        for d, i in enumerate(n.indices)
+        if isinstance(i, Index) and i.axis in _AXIS_SIZE
+    }

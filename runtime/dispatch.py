@@ -10,14 +10,14 @@ from typing import TypeAlias
 
 import torch
 
-from attnlang.ir import UsageError
+from attnlang.ir import OUTPUT_NAMES, UsageError
 
-from . import autograd, eager
+from . import autograd, eager, stages
 from .bind import suggest
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["BACKENDS", "attend", "backward_of", "check_backend", "is_batched"]
+__all__ = ["BACKENDS", "attend", "backward_of", "check_backend", "is_batched", "run"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -89,6 +89,17 @@ def is_batched(call: Call) -> bool:
 def backward_of(call: Call, backend: str | None = None) -> autograd.Backward | None:
     """Return the backward kernels that belong to :func:`attend` of the same arguments, or None."""
     return _backward(backend or _choose(call))
+
+
+def run(call: Call, backend: str | None = None) -> dict[str, Tensor]:
+    """Return every result of the program of ``call`` by name, recorded by autograd where it has to be.
+
+    Raises:
+        Unavailable: ``backend`` was named and cannot run this call.
+    """
+    if call.program.standard:
+        return dict(zip(OUTPUT_NAMES, attend(call, backend), strict=True))
+    return stages.run(call, functools.partial(attend, backend=backend), backend)
 
 
 def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnlang.ir import INT, KEY_ADDRESS, Expr, Index, Param, Program, Scalar, ScalarParam, Size, UsageError, rewrite
+from attnlang.ir import (
+    INT,
+    KEY_ADDRESS,
+    OUTPUT_NAMES,
+    Expr,
+    Index,
+    Param,
+    Program,
+    Scalar,
+    ScalarParam,
+    Size,
+    UsageError,
+    rewrite,
+)
 from attnlang.ir.build import op
 
 from . import autograd, dispatch
@@ -29,7 +42,7 @@ if TYPE_CHECKING:
 
     from .rows import Job
 
-__all__ = ["Choice", "attend", "choose", "gradients"]
+__all__ = ["Choice", "attend", "choose", "gradients", "run"]
 
 Tensor = torch.Tensor
 Tile = tuple[int, int]
@@ -150,6 +163,22 @@ def choose(
 
     base = identify(_roots(program), sizes, params, tensors)
     return _chosen.get(base, (choice, cpu, sizes["H"], sizes["Hkv"], program), find)
+
+
+def run(call: Call, choice: Choice, backend: str | None = None) -> dict[str, Tensor]:
+    """Return every result of the program of ``call`` by name, computed under a layout.
+
+    Raises:
+        UsageError: the layout does not fit the call, or the program is more than softmax attention.
+        Unavailable: ``backend`` was named and cannot run this call.
+    """
+    if choice is None:
+        return dispatch.run(call, backend)
+    if not call.program.standard:
+        raise UsageError(
+            f"{call.program.name} is more than one stage of softmax attention, which layouts are for so far"
+        )
+    return dict(zip(OUTPUT_NAMES, attend(call, choice, backend), strict=True))
 
 
 def attend(call: Call, choice: Choice, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,8 @@ def _fingerprint(t: torch.Tensor) -> tuple[Key, weakref.ref[torch.Tensor] | None
     """Identify the contents of ``t``; the reference, if any, must stay alive for the key to mean anything."""
     kind = (str(t.dtype), tuple(t.shape), str(t.device))
     if t.device.type == "cpu" and t.numel() * t.element_size() <= HASHED_BYTES:
-        data = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        # one element, or none, may have any stride, and then a view of its bytes is refused
+        data = t.detach().contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy()
         return (*kind, hashlib.sha1(data.data, usedforsecurity=False).digest()), None
     if t.is_inference():
         return None

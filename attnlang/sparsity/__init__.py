@@ -2,8 +2,9 @@
 
 from .analyse import analyse
 from .classify import EMPTY, FULL, PARTIAL, classify_tile
+from .clauses import Clause, clause_report
 from .closed_form import ClosedForm, closed_form
-from .explain import Clause, Report, clause_report, explain
+from .explain import Efficiency, Report, explain
 from .layout import LaidOut, Layout, lay_out
 from .orders import Dim, Hilbert, Order, Patches, Tokens
 from .propose import Proposal, propose_layouts
@@ -17,6 +18,7 @@ __all__ = [
     "Clause",
     "ClosedForm",
     "Dim",
+    "Efficiency",
     "Hilbert",
     "LaidOut",
     "LaunchTable",

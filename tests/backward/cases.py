@@ -75,22 +75,39 @@ def make_call(program: Program, shapes, tensors, dtype=torch.float32, strided=Fa
     return Call(program, *operands, sizes, params or {}, tensors, d**-0.5, runs)
 
 
+def wanted(call: Call):
+    return tuple(n for n, t in call.tensors.items() if t.is_floating_point())
+
+
+def exact(call: Call, do, dlse):
+    """Return gradients by name from autograd through the dense float64 reference."""
+    names = wanted(call)
+    leaves = {n: getattr(call, n).double().requires_grad_() for n in "qkv"}
+    captured = {n: t.double().requires_grad_() if n in names else t for n, t in call.tensors.items()}
+    out, lse = reference_attention(call.program, *leaves.values(), call.sizes, call.params, captured, call.scale)
+    loss = (out * do.double()).sum() + (torch.where(torch.isfinite(lse), lse, 0.0) * dlse).sum()
+    inputs = [*leaves.values(), *(captured[n] for n in names)]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    return dict(zip((*"qkv", *names), zeros, strict=True))
+
+
+def measured(call: Call, forward, backward, do, dlse):
+    """Return gradients by name from a backend, in float64."""
+    o, lse = forward(call)
+    got = backward(call, o, lse, do, dlse, wanted(call))
+    return {n: t.double() for n, t in {"q": got.q, "k": got.k, "v": got.v, **got.captured}.items()}
+
+
+def cotangents(call: Call):
+    shape = call.q.shape[:3]
+    return torch.randn(*shape, call.v.shape[3]).to(call.q.dtype), torch.randn(shape)
+
+
 def both(call: Call, forward, backward):
     """Return (ours, reference) gradients by name, in float64."""
-    o, lse = forward(call)
-    do, dlse = torch.randn(o.shape).to(o.dtype), torch.randn(lse.shape)
-    wanted = tuple(n for n, t in call.tensors.items() if t.is_floating_point())
-    got = backward(call, o, lse, do, dlse, wanted)
-    ours = {"q": got.q, "k": got.k, "v": got.v, **got.captured}
-    leaves = {n: getattr(call, n).double().requires_grad_() for n in "qkv"}
-    captured = {n: t.double().requires_grad_() if n in wanted else t for n, t in call.tensors.items()}
-    out, ref_lse = reference_attention(call.program, *leaves.values(), call.sizes, call.params, captured, call.scale)
-    seen = torch.isfinite(ref_lse)
-    loss = (out * do.double()).sum() + (torch.where(seen, ref_lse, 0.0) * dlse).sum()
-    inputs = [*leaves.values(), *(captured[n] for n in wanted)]
-    want = torch.autograd.grad(loss, inputs, allow_unused=True)
-    zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, want, strict=True)]
-    return {n: t.double() for n, t in ours.items()}, dict(zip((*"qkv", *wanted), zeros, strict=True))
+    do, dlse = cotangents(call)
+    return measured(call, forward, backward, do, dlse), exact(call, do, dlse)
 
 
 def check(call: Call, forward, backward, tolerance=1e-4):
