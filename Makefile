@@ -72,6 +72,7 @@ bench: setup
 	$(BIN)/python benchmarks/cpu_backward.py
 	$(BIN)/python benchmarks/first_call.py
 	$(BIN)/python benchmarks/sparsity.py
+	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/report.py
