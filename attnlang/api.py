@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnlang.ir import OUTPUT_NAMES, Program, Scalar, UsageError, digest, format_program, verify
+from attnlang.ir import FLOAT, OUTPUT_NAMES, Program, Scalar, UsageError, digest, format_program, verify
 from attnlang.ir import reference as evaluate_dense
+from attnlang.passes.learned import learnable, only_in_masks, with_captured_numbers
 from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch
-from attnlang.runtime.bind import Binder, Bound, suggest
+from attnlang.runtime.bind import Binder, Bound, check_scalar, suggest
 from attnlang.runtime.call import Call
 from attnlang.runtime.op import Site, attend, register
 from attnlang.runtime.opaque import opaque
@@ -107,7 +108,17 @@ class Attention:
         self.program = specialise(verify(source), _checked_static(source, static))
         self._defaults = {n: v for n, v in self._defaults.items() if n not in static}
         self._binder = Binder(self.program)
+        self._float_names = frozenset(p.name for p in self.program.scalars if p.type is FLOAT)
+        self._learnable = learnable(self.program)
+        self._only_in_masks = only_in_masks(self.program)
+        self._learning = self._with_captured_numbers() if self._learnable else None
         self._enter_graphs()
+
+    def _with_captured_numbers(self) -> Attention:
+        """The same attention with every learnable float parameter as a captured 0-d tensor."""
+        other = Attention(with_captured_numbers(self.program, self._learnable), backend=self.backend)
+        other._defaults = self._defaults
+        return other
 
     def _enter_graphs(self) -> None:
         """Get a handle by which graphs that PyTorch captures can refer to this program."""
@@ -142,18 +153,54 @@ class Attention:
         lse [B, H, Lq] the natural logarithm in float32. A row without visible keys gives 0 and -inf. With
         ``return_aux`` the last item of the result is a dict of every other output the program declares; a program
         without an output ``o`` always returns that dict alone. Differentiable in q, k, v and every float captured
-        tensor.
+        tensor. A float parameter that no mask reads may be a 0-d tensor, and is then differentiable, too.
 
         Raises:
             UsageError: an argument does not fit the program.
             Unavailable: ``backend`` was named and cannot run here.
         """
+        if self._only_in_masks and torch.is_grad_enabled():
+            self._refuse_gradients_of_masks(captured)
+        if any(isinstance(captured.get(name), Tensor) for name in self._float_names):
+            learning, captured = self._numbers_captured(captured, q)
+            return learning(
+                q, k, v, return_lse=return_lse, return_aux=return_aux, scale=scale, backend=backend, **captured
+            )
         if torch.compiler.is_compiling() and self._standard:
             o, lse = self._captured_call(q, k, v, scale, captured)
             made = {"o": o, "lse": lse}
         else:
             made = self._eager_call(q, k, v, scale, backend, captured)
         return _arrange(self.program.name, made, return_lse, return_aux)
+
+    def _refuse_gradients_of_masks(self, captured: dict[str, Any]) -> None:
+        for name in self._only_in_masks:
+            x = captured.get(name, self._defaults.get(name))
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise UsageError(
+                    f"{name} wants a gradient, but only the mask of {self.program.name} reads it, and hiding a pair "
+                    f"has none. Pass {name}.detach(), or learn it straight through: keep the hard mask and let the "
+                    "score read it too, as a soft copy of the mask (where it says x > 0, add log(sigmoid(x)))"
+                )
+
+    def _numbers_captured(self, captured: dict[str, Any], q: Tensor) -> tuple[Attention, dict[str, Any]]:
+        """The attention and the arguments for a call that gives tensors for float parameters."""
+        for name in self._float_names - self._learnable:
+            if isinstance(captured.get(name), Tensor):
+                raise UsageError(
+                    f"parameter {name!r} of {self.program.name} cannot be a tensor: the mask reads it, and hiding a "
+                    "pair has no gradient. Pass a Python float (.item()), or let the score fade pairs out, with the "
+                    "mask behind the point where their weight is 0"
+                )
+        assert self._learning is not None
+        numbers = {}
+        for name in self._learnable:
+            x = captured.get(name, self._given.get(name))
+            if x is not None and not isinstance(x, Tensor):
+                x = torch.tensor(check_scalar(self.program.name, self.program.scalar(name), x), device=q.device)
+            if x is not None:
+                numbers[name] = x
+        return self._learning, {**captured, **numbers}
 
     @opaque
     def _eager_call(
@@ -295,8 +342,6 @@ def _unpack(program: Program | Traced) -> tuple[Program, Mapping[str, Any]]:
 
 
 def _checked_static(program: Program, static: Mapping[str, Any]) -> dict[str, Scalar]:
-    from attnlang.runtime.bind import check_scalar, suggest
-
     known = {p.name: p for p in program.scalars}
     for name in static:
         if name not in known:

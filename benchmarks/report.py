@@ -121,7 +121,14 @@ def training(rows: Rows) -> list[str]:
         if r["table"] == "captured"
     ]
     head = table(["forward and backward, ms", "`attnlang`", "peer"], steps)
-    return [*head, "", *table(["backward, ms", "without its gradient", "with it"], added)]
+    needed = [
+        [r["case"].removeprefix("N = "), f"{r['peak_mib']:.0f}", f"{r['one_set_mib']:.0f}"]
+        for r in rows
+        if r["table"] == "memory"
+    ]
+    parts = [head, table(["backward, ms", "without its gradient", "with it"], added)]
+    parts.append(table(["tokens, H = 1, D = 64", "peak of a step, MiB", "q, k, v and o alone, MiB"], needed))
+    return [line for part in parts for line in (*part, "")][:-1]
 
 
 def memory(rows: Rows) -> list[str]:
@@ -131,15 +138,19 @@ def memory(rows: Rows) -> list[str]:
 
 
 def resources(rows: Rows) -> list[str]:
-    """What the GPU kernels of the library need, at most, for each target and head dimension."""
+    """What the GPU kernels of the library need, at most, for each target and head dimension.
+
+    Every line is out of the kernels of all programs that any line has, so a line that is not complete shows it.
+    """
     lines = []
-    for target, dim in dict.fromkeys((r["target"], r["head_dim"]) for r in rows):
-        found = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim)]
-        built = [r for r in found if "error" not in r]
+    kernels = len({(r["program"], r.get("kernel")) for r in rows})
+    places = {(r["target"], r["head_dim"]) for r in rows}
+    for target, dim in sorted(places, key=lambda place: (place[0].partition(":")[0], len(place[0]), place)):
+        built = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim) and "error" not in r]
         spill = sum(1 for r in built if r["spill_bytes"])
         most = [str(max((r[k] for r in built), default=0)) for k in ("registers", "spill_bytes", "shared_bytes")]
-        lines.append([f"{target}, D = {dim}", f"{len(built)} of {len(found)}", most[0], str(spill), *most[1:]])
-    return table(["target", "compile", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
+        lines.append([f"{target}, D = {dim}", f"{len(built)} of {kernels}", most[0], str(spill), *most[1:]])
+    return table(["target", "compiled", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
@@ -154,8 +165,9 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
         precision,
     ),
     "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", memory),
-    "gpu_resources": (
-        "Kernels of library programs compiled for GPUs that need not be here, so far",
+    "gpu_resources": ("Kernels of library programs compiled for GPUs that need not be here", resources),
+    "gpu_backward_resources": (
+        "The two backward kernels of each of them, with gradients of captured tensors",
         resources,
     ),
 }

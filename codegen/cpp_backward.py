@@ -200,5 +200,7 @@ def emit_backward(plan: KernelPlan, isa: Isa) -> str:
         partial=partial,
         grads=grads,
         scatters=any(g.level is Level.PAIR for g in grads),
+        sums="",  # what blocks of the forward pass hold
+        held=(),
         entry=ENTRY,
     )

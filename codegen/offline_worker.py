@@ -75,8 +75,9 @@ def _amd(text: str) -> tuple[int, int, int, bool]:
 
     # where accumulation registers share one file with the others (gfx90a and later), .vgpr_count is the sum of both
     registers = max(read("vgpr_count"), read("agpr_count"))
-    spills = 4 * read("vgpr_spill_count")  # scalar registers spill to vector lanes, not to memory
-    return registers, spills, read("private_segment_fixed_size"), False
+    # vector registers spill to accumulation registers as well as to memory, scalar ones to lanes of vector registers
+    stack = read("private_segment_fixed_size")
+    return registers, min(4 * read("vgpr_spill_count"), stack), stack, False
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,16 @@ def _choose(call: Call) -> str:
 
 def _batched(call: Call) -> bool:
     """Whether an operand is a batch in the sense of vmap, which has no memory a kernel could read."""
-    return any(map(torch._C._functorch.is_batchedtensor, (call.q, call.k, call.v)))
+    return any(map(_is_batch, (call.q, call.k, call.v)))
+
+
+def _is_batch(t: torch.Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)  # vmap of grad: the batch is inside
+    return False
 
 
 def backward_of(call: Call, backend: str | None = None) -> autograd.Backward | None:

@@ -36,13 +36,15 @@ BUDGET = 1 << 22
 @dataclass(frozen=True)
 class Work:
     """One Attend stage with everything bound. ``runs(tile)`` is the run map of pairs that any branch sees;
-    ``exact`` says that a full tile of it is full for every branch."""
+    ``exact`` says that a full tile of it is full for every branch. ``kernel``, where given, is a faster way to the
+    outputs of the work it is given; it returns None where it cannot."""
 
     stage: Attend
     env: Environment
     scale: float
     runs: Callable[[tuple[int, int]], RunMap]
     exact: bool
+    kernel: Callable[[Work], dict[str, Tensor] | None] | None = None
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -138,6 +140,11 @@ def _forward(work: Work) -> dict[str, Tensor]:
     return {out.name: finish(out, totals[out.name]) for out in work.stage.outputs}
 
 
+def _outputs(work: Work) -> dict[str, Tensor]:
+    found = None if work.kernel is None else work.kernel(work)
+    return _forward(work) if found is None else found
+
+
 def _recorded(work: Work) -> dict[str, Tensor]:
     """The forward pass in one region, recorded by autograd any number of times; memory is that of all pairs."""
     lq, lk = work.lengths
@@ -173,7 +180,7 @@ def _backward(
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(work: Work, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_forward(work.with_tensors(dict(zip(names, tensors, strict=True)))).values())
+        return tuple(_outputs(work.with_tensors(dict(zip(names, tensors, strict=True)))).values())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -188,7 +195,7 @@ class _Attend(torch.autograd.Function):
         tensors, finals = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         work: Work = ctx.work.with_tensors(dict(zip(ctx.names, tensors, strict=True)))
         outs = [out.name for out in work.stage.outputs]
-        given = {n: g for n, g in zip(outs, grads, strict=True) if g is not None}
+        given = {n: g.to(work.env.float_dtype) for n, g in zip(outs, grads, strict=True) if g is not None}
         needs = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
         if not given:
             return (None,) * (2 + ctx.count)
@@ -201,7 +208,10 @@ class _Attend(torch.autograd.Function):
             )
             found = iter(parts)
             return (None, None, *(next(found) if needs[n] else None for n in ctx.names))
-        result = _backward(work, needs, given, dict(zip(outs, finals, strict=True)))
+        known = dict(zip(outs, finals, strict=True))
+        if work.kernel is not None and any(o.monoid != "sum" and "q" in o.over for o in work.stage.outputs):
+            known = _forward(work)  # which pairs made an extremum is decided by equality
+        result = _backward(work, needs, given, known)
         return (None, None, *(result.get(n) for n in ctx.names))
 
 
@@ -217,7 +227,7 @@ def attend(work: Work) -> dict[str, Tensor]:
             return _recorded(work)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in floats.values())):
             with torch.no_grad():
-                return _forward(work)
+                return _outputs(work)
         # the record outlives the call: it must not keep the tensors that save_for_backward manages
         none = {n: t.new_empty(0) for n, t in floats.items()}
         made = _Attend.apply(work.with_tensors(none), tuple(floats), *floats.values())

@@ -6,6 +6,7 @@ compiled kernels serve it; any other goes to the blockwise executor. Rows stages
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
@@ -38,6 +39,7 @@ from attnlang.passes.simplify import map_program
 
 from . import regions
 from .call import Call
+from .compiled import kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
 from .runs import run_maps
@@ -77,15 +79,14 @@ def softmax_roles(stage: Attend) -> tuple[str, str, str, str, str | None] | None
     return term.left.source, term.right.source, rows.source, values[0].name, name
 
 
-def _declared(program: Program, env: Environment) -> tuple[TensorParam, ...]:
-    """Everything a stage may load: captured tensors and what earlier stages made, with the shapes they have."""
-    known = {t.name: t for t in program.tensors}
-    made = [
+def _made(program: Program, env: Environment) -> tuple[TensorParam, ...]:
+    """What earlier stages made, with the shapes it has."""
+    known = {t.name for t in program.tensors}
+    return tuple(
         TensorParam(name, _type(t), tuple(Size(f"{name}_{d}") for d in range(t.dim())))
         for name, t in env.tensors.items()
         if name not in known
-    ]
-    return (*program.tensors, *made)
+    )
 
 
 def _type(t: Tensor) -> Type:
@@ -103,17 +104,25 @@ def _sizes(env: Environment, tensors: tuple[TensorParam, ...]) -> dict[str, int]
 
 def _alone(program: Program, stage: Attend, env: Environment) -> tuple[Program, dict[str, int]]:
     """``stage`` as a program of its own over its own lengths; sizes of the whole program get other names."""
-    tensors = _declared(program, env)
-    sizes = _sizes(env, tensors)
+    made = _made(program, env)
+    sizes = _sizes(env, (*program.tensors, *made))
     lengths = dict(zip(("Lq", "Lk"), (int(evaluate(e, env)) for e in stage.lengths), strict=True))
-    renamed: dict[Expr, Expr] = {}
-    for name, length in lengths.items():
-        if length != sizes[name]:
-            renamed[Size(name)] = Size(f"{name}_program")
-            sizes[f"{name}_program"], sizes[name] = sizes[name], length
-    alone = Program(program.name, (stage,), program.scalars, tensors)
+    changed = tuple(name for name, length in lengths.items() if length != sizes[name])
+    for name in changed:
+        sizes[f"{name}_program"], sizes[name] = sizes[name], lengths[name]
+    return _program_of(program, stage, made, changed), sizes
+
+
+@functools.lru_cache(maxsize=256)
+def _program_of(program: Program, stage: Attend, made: tuple[TensorParam, ...], changed: tuple[str, ...]) -> Program:
+    """The same object for the same stage, since kernels are remembered by program."""
+    alone = Program(program.name, (stage,), program.scalars, (*program.tensors, *made))
+    renamed: dict[Expr, Expr] = {Size(name): Size(f"{name}_program") for name in changed}
     alone = map_program(alone, lambda e: substitute(e, renamed)) if renamed else alone
-    return replace(alone, stages=(replace(alone.attend, lengths=Attend().lengths),)), sizes
+    alone = replace(alone, stages=(replace(alone.attend, lengths=Attend().lengths),))
+    if softmax_roles(alone.attend) is not None:
+        alone = replace(alone, stages=(Attend(branches=alone.attend.branches),))
+    return alone
 
 
 def run(call: Call, attention: Attention, backend: str | None = None) -> dict[str, Tensor]:
@@ -134,9 +143,7 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
         roles = softmax_roles(stage)
         if roles is not None:
             return _plain(call, stage, here, roles, attention)
-        if backend not in (None, "eager"):
-            raise Unavailable(f"it has no kernel for the hooks of {program.name} yet; backend='eager' runs them")
-        return _general(call, stage, here)
+        return _general(call, stage, here, backend)
 
     made = run_stages(program, env, attend)
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
@@ -157,7 +164,6 @@ def _plain(
 ) -> dict[str, Tensor]:
     query, key, value, out, lse = roles
     alone, sizes = _alone(call.program, stage, here)
-    alone = replace(alone, stages=(Attend(branches=alone.attend.branches),))
     q, k, v = (here.rows(name).to(call.q.dtype) for name in (query, key, value))
     sizes |= {"Hkv": k.shape[1]}
     runs = run_maps.provider(alone, sizes, call.params, here.tensors)
@@ -165,7 +171,7 @@ def _plain(
     return {out: o} | ({lse: total} if lse is not None else {})
 
 
-def _general(call: Call, stage: Attend, here: Environment) -> dict[str, Tensor]:
+def _general(call: Call, stage: Attend, here: Environment, backend: str | None) -> dict[str, Tensor]:
     alone, sizes = _alone(call.program, stage, here)
     inner = alone.attend
     masks = [branch.mask for branch in inner.branches]
@@ -177,4 +183,13 @@ def _general(call: Call, stage: Attend, here: Environment) -> dict[str, Tensor]:
     runs = run_maps.provider(seen, sizes, call.params, here.tensors)
     env = replace(here, sizes=sizes)
     work = regions.Work(inner, env, call.scale, runs, exact=len(set(masks)) == 1)
+    if backend not in (None, "cpp", "eager"):
+        raise Unavailable(f"it has no kernel for the hooks of {call.program.name} yet; backend='eager' runs them")
+    if backend != "eager":
+        try:
+            kernel = kernel_of(replace(call, runs=runs), alone, work, strict=backend == "cpp")
+            work = replace(work, kernel=kernel)
+        except Unavailable as error:
+            if backend == "cpp":
+                raise Unavailable(f"{error.reason}; backend='eager' runs {call.program.name}") from error
     return regions.attend(work)

@@ -1,12 +1,13 @@
 """Intermediate representation: expressions, programs and their reference semantics. Imports nothing of ours."""
 
-from . import build
+from . import build, normalizers
 from .errors import AttnlangError, ProgramError, UsageError
 from .evaluate import Environment, evaluate
+from .mapping import map_record
 from .nodes import AXES, Const, Expr, Index, Input, Load, Op, Param, Scalar, Size, postorder, rewrite, substitute
 from .ops import OPS, OpSpec, promote_args, result_type
 from .printer import canonical, digest, format_expr, format_program
-from .program import BUILTIN_SIZES, Program, ScalarParam, TensorParam, simple
+from .program import BUILTIN_SIZES, HEAD_SIZES, Program, ScalarParam, TensorParam, simple
 from .reference import dense_mask, reference, reference_attention, run_stages
 from .semantics import Region, attend_region, finish, is_map, output_shape, reads_pair
 from .stages import (
@@ -15,6 +16,7 @@ from .stages import (
     OUTPUT_NAMES,
     QUERY_ADDRESS,
     SOFTMAX,
+    STAGE_INPUTS,
     Address,
     Attend,
     Branch,
@@ -38,12 +40,14 @@ __all__ = [
     "BUILTIN_SIZES",
     "DEFAULT_OUTPUTS",
     "FLOAT",
+    "HEAD_SIZES",
     "INT",
     "KEY_ADDRESS",
     "OPS",
     "OUTPUT_NAMES",
     "QUERY_ADDRESS",
     "SOFTMAX",
+    "STAGE_INPUTS",
     "Address",
     "Attend",
     "AttnlangError",
@@ -87,6 +91,8 @@ __all__ = [
     "format_program",
     "is_map",
     "join",
+    "map_record",
+    "normalizers",
     "output_shape",
     "postorder",
     "promote_args",

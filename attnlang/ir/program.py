@@ -11,10 +11,12 @@ from .nodes import Expr, Scalar
 from .stages import OUTPUT_NAMES, Attend, Branch, Stage
 from .types import Type
 
-__all__ = ["BUILTIN_SIZES", "Program", "ScalarParam", "TensorParam", "simple"]
+__all__ = ["BUILTIN_SIZES", "HEAD_SIZES", "Program", "ScalarParam", "TensorParam", "simple"]
 
 BUILTIN_SIZES = ("B", "H", "Hkv", "Lq", "Lk")
 """Sizes every program may read: batch, query heads, key heads, query length, key length."""
+HEAD_SIZES = ("D", "Dv")
+"""Features of q and k, and of v; a free size of a captured tensor may have these names and is then another size."""
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 

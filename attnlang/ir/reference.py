@@ -12,14 +12,15 @@ from dataclasses import replace
 
 import torch
 
+from .build import s
 from .evaluate import Environment, evaluate
 from .nodes import Scalar
 from .program import Program
 from .rowstages import run_rows
 from .semantics import Region, attend_region, finish
-from .stages import Attend
+from .stages import Attend, Output
 
-__all__ = ["dense_mask", "reference", "reference_attention", "run_stages"]
+__all__ = ["dense_mask", "dense_scores", "reference", "reference_attention", "run_stages"]
 
 Tensor = torch.Tensor
 RunAttend = Callable[[Attend, Environment], dict[str, Tensor]]
@@ -81,6 +82,23 @@ def reference(
 
     made = run_stages(program, env, dense)
     return {name: made[name] for name in program.results}
+
+
+def dense_scores(
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Scalar | Tensor],
+    tensors: Mapping[str, Tensor],
+    scale: float,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return the modified scores [B, H, Lq, Lk] of a program of one stage and one branch, -inf where hidden."""
+    scores = Output("scores", s, over="", empty=float("-inf"))
+    stage = replace(program.attend, outputs=(scores,))
+    alone = replace(program, stages=(stage,), returns=("scores",))
+    return reference(alone, q, k, k, sizes, params, tensors, scale, dtype)["scores"]
 
 
 def reference_attention(

@@ -134,6 +134,11 @@ def _visible(branch: Branch, env: Environment, region: Region) -> _Pairs:
     return _Pairs(env, region, points)
 
 
+def _is_all(index: Tensor, length: int) -> bool:
+    """Whether ``index`` is 0, 1, ... length - 1."""
+    return len(index) == length and bool(torch.equal(index, torch.arange(length, device=index.device)))
+
+
 def operand_rows(operand: Operand, env: Environment, region: Region, axis: str) -> Tensor:
     """Rows of an operand as [b, h, rows, features] of the region, in the float dtype of the environment."""
     t = env.rows(operand.source)
@@ -144,12 +149,11 @@ def operand_rows(operand: Operand, env: Environment, region: Region, axis: str) 
         heads = region.heads
         if operand.index == KEY_ADDRESS and t.shape[1] != env.sizes["H"]:
             heads = heads // max(1, env.sizes["H"] // max(1, t.shape[1]))
-        picked = t if len(region.batch) == t.shape[0] else t.index_select(0, region.batch.clamp(max=t.shape[0] - 1))
-        if not (len(heads) == t.shape[1] and torch.equal(heads, torch.arange(len(heads), device=heads.device))):
-            picked = picked.index_select(1, heads)
-        if len(vector) != t.shape[2]:
-            picked = picked.index_select(2, vector)
-        return picked.to(env.float_dtype)
+        batch = region.batch.clamp(max=max(t.shape[0] - 1, 0))  # one batch of keys may serve all queries
+        for axis_dim, which in enumerate((batch, heads, vector)):
+            if not _is_all(which, t.shape[axis_dim]):
+                t = t.index_select(axis_dim, which)
+        return t.to(env.float_dtype)
     index = [evaluate(e, env) for e in operand.index]
     dim = 2 if axis == "q" else 3
     shape = [region.shape[d] if d in (0, 1, dim) else 1 for d in range(4)]

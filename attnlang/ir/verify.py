@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from .errors import ProgramError
 from .nodes import AXES, Expr, Index, Load, Op, Param, Size, postorder
 from .ops import OPS, result_type
-from .program import BUILTIN_SIZES, NAME, Program
+from .program import BUILTIN_SIZES, HEAD_SIZES, NAME, Program
 from .stages import STAGE_INPUTS
 from .types import FLOAT, INT
 from .verify_stages import Made, check_stage, made_by
@@ -35,7 +35,7 @@ def _check_names(program: Program) -> Iterator[str]:
 
 def _check_nodes(program: Program, roots: tuple[Expr, ...], tensors: Mapping[str, Made]) -> Iterator[str]:
     scalars = {p.name: p for p in program.scalars}
-    sizes = set(BUILTIN_SIZES) | {d.name for t in program.tensors for d in t.shape if isinstance(d, Size)}
+    sizes = {*BUILTIN_SIZES, *HEAD_SIZES} | {d.name for t in program.tensors for d in t.shape if isinstance(d, Size)}
     count = 0
     for node in postorder(*roots):
         count += 1
@@ -82,7 +82,7 @@ def _check_program(program: Program) -> Iterator[str]:
     yield from _check_nodes(program, tuple(d for t in program.tensors for d in t.shape), known)
     scalars = {p.name for p in program.scalars}
     for stage in program.stages:
-        yield from _check_nodes(program, stage.roots(), known | OPERANDS)
+        yield from _check_nodes(program, stage.roots(), OPERANDS | known)
         yield from check_stage(stage, known)
         for name, made in made_by(stage).items():
             if name in known or name in scalars:

@@ -48,8 +48,8 @@ def rows() -> tuple[Row, ...]:
     found = []
     for line in _FILE.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
-        lists = {name: tuple(fields.pop(name, ())) for name in ("hooks", "programs")}
-        found.append(Row(kind=fields.pop("class"), **fields, **lists))
+        hooks, programs = tuple(fields.pop("hooks", ())), tuple(fields.pop("programs", ()))
+        found.append(Row(kind=fields.pop("class"), hooks=hooks, programs=programs, **fields))
     return tuple(found)
 
 

@@ -7,12 +7,11 @@ needs a proof. Float rules are limited to those exact in IEEE arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from attnlang.ir import BOOL, FLOAT, INT, OPS, Address, Const, Expr, Op, Program, rewrite
+from attnlang.ir import BOOL, FLOAT, INT, OPS, Const, Expr, Op, Program, map_record, rewrite
 from attnlang.ir.build import FALSE, TRUE
 
 __all__ = ["map_program", "simplify"]
@@ -117,17 +116,4 @@ def simplify(expr: Expr) -> Expr:
 
 def map_program(program: Program, change: Callable[[Expr], Expr]) -> Program:
     """Apply ``change`` to every expression of every stage."""
-    return replace(program, stages=tuple(_map_record(stage, change) for stage in program.stages))
-
-
-def _map_record(value: Any, change: Callable[[Expr], Expr]) -> Any:
-    """Rebuild a record of the IR with every expression in it changed."""
-    if isinstance(value, Expr):
-        return change(value)
-    if isinstance(value, Address):
-        return Address(*(_map_record(v, change) for v in value))
-    if isinstance(value, tuple):
-        return tuple(_map_record(v, change) for v in value)
-    if is_dataclass(value):
-        return replace(value, **{f.name: _map_record(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[type-var]
-    return value
+    return replace(program, stages=tuple(map_record(stage, change) for stage in program.stages))

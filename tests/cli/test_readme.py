@@ -91,7 +91,8 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     table = {"table": "captured", "case": "slopes", "without_ms": 10.0, "with_ms": 11.0, "added_percent": 10.0}
     (tmp_path / "results/cpu_backward.json").write_text(json.dumps({"machine": "m", "rows": [step, table]}))
     kernel = {"program": "causal", "target": "cuda:90", "head_dim": 64, "shared_bytes": 1024}
-    built = [{**kernel, "registers": 168, "spill_bytes": 0}, {**kernel, "registers": 255, "spill_bytes": 8}]
+    built = [{**kernel, "registers": 168, "spill_bytes": 0}]
+    built.append({**kernel, "program": "alibi", "registers": 255, "spill_bytes": 8})
     failed = {**kernel, "target": "cuda:80", "error": "no"}
     (tmp_path / "results/gpu_resources.json").write_text(json.dumps([*built, failed]))
     tile = {"table": "million", "case": "causal", "implementation": "attnlang", "length": 1 << 20, "ms": 2.5}
@@ -110,7 +111,7 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     assert "| 4,096 | 0.50 | 200 | 4 |" in text
     assert "| causal | 10 | SDPA: 12 (1.2x) |" in text and "| slopes | 10 | 11 (+10 %) |" in text
     assert "| cuda:90, D = 64 | 2 of 2 | 255 | 1 | 8 | 1024 |" in text
-    assert "| cuda:80, D = 64 | 0 of 1 | 0 | 0 | 0 | 0 |" in text
+    assert "| cuda:80, D = 64 | 0 of 2 | 0 | 0 | 0 | 0 |" in text
     assert "| causal | 2.5 | 1.0 | 3.2 | 1.0 | 16,384 |" in text and "axial" not in text
     assert "| 64 | 1 | 2,000 | 1,999 | 99.95% |" in text
     details = (tmp_path / "docs/sparsity.md").read_text()

@@ -118,6 +118,11 @@ def by_slot(x: Given) -> Results:
     return attended(w, x, maps=torch.stack(columns, -1))
 
 
+def probes(x: Given) -> Results:
+    """The map of other keys, and the ordinary output."""
+    return attended(softmax(x.s), x, maps=softmax(x.q @ x.probe.mT * x.scale))
+
+
 def magnets(x: Given) -> Results:
     """Keys other than global sinks are seen; the heat of content words, and how much each key receives."""
     w = softmax(x.s, ~x.sink[:, None, None])
@@ -140,7 +145,8 @@ def class_row(x: Given) -> Results:
 
 def last_row(x: Given) -> Results:
     w = plain(x)
-    return attended(w, x, row=w[:, :, -1], image=(w * x.image[:, None, None]).sum(-1))
+    entropy = -(w * torch.where(w > 0, w, 1.0).log()).sum(-1)
+    return attended(w, x, row=w[:, :, -1], image_mass=(w * x.image[:, None, None]).sum(-1), entropy=entropy)
 
 
 # sums over the queries of a column
@@ -223,6 +229,7 @@ STUDIES: dict[str, Study] = {
     "attention_rings": Study("attention_rings", Shape(2, 2, 1, 12, 12), rings, params={"width": 4, "count": 4}),
     "preplan": Study("preplan", SHAPE, preplan, params={"window": 4, "low": 1, "high": 5}),
     "token_maps": Study("token_maps", CROSS, by_slot, make_tokens, {"tokens": 3}),
+    "probe_maps": Study("probe_maps", CROSS, probes, draw(probe=(("B", "H", 5, 6), "float"))),
     "magnets": Study("magnets", CROSS, magnets, draw(sink=(_BK, 0.2), content=(_BK, 0.5))),
     "query_maps": Study(
         "query_maps",

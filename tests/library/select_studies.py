@@ -148,7 +148,7 @@ STUDIES: dict[str, Study] = {
         "sparsifiner",
         Shape(2, 2, 1, 14, 14),
         sparsifiner,
-        draw(code=(("B", "H", "Q", 3), "float"), basis=(("H", "K", 3), "float")),
+        draw(code=(("B", "H", "Q", 3), "float"), basis=(("B", "H", "K", 3), "float")),
         {"count": 4},
         fixed=frozenset({"code", "basis"}),
     ),

@@ -22,10 +22,10 @@ def music(x: Given) -> Results:
 
 
 def relative_conv(x: Given) -> Results:
-    """(q_i + u) . k_j + (q_i + v) . R[i - j], the Transformer-XL terms."""
+    """(q_i + u) . k_j + (q_i + v) . R[i - j], with v . R given."""
     content = (x.q + x.u[:, None]) @ x.k.mT
     at = (x.i - x.j).clamp(min=0)
-    position = torch.einsum("bhid,hijd->bhij", x.q + x.w_pos[:, None], x.embedding[:, at])
+    position = torch.einsum("bhid,hijd->bhij", x.q, x.embedding[:, at]) + x.place[:, at]
     return {"o": softmax((content + position) * x.factor, x.causal) @ x.v}
 
 
@@ -75,6 +75,12 @@ def local_linear(x: Given) -> Results:
     return {"o": w / w.sum(-1, keepdim=True) @ x.v}
 
 
+def local_moments(x: Given) -> Results:
+    w = torch.exp(x.s) * x.causal
+    t = torch.einsum("bhijd,bhid->bhij", x.k[:, :, None] - x.q[:, :, :, None], x.direction)
+    return {"total": w.sum(-1), "keys_sum": w @ x.k, "along": (w * t).sum(-1), "keys_along": (w * t) @ x.k}
+
+
 def chosen_maps(x: Given) -> Results:
     """Rows or columns of preserved pixels take the source's map, the others the own one."""
     keep = (x.keep[:, :, None] | x.keep[:, None, :])[:, None]
@@ -89,11 +95,11 @@ def steered(x: Given) -> Results:
 
 
 def histogram_values(x: Given) -> Results:
-    """Weights binned by 3-D offset, times a table of values, beside the ordinary output."""
+    """Weights binned by 3-D offset, for a table of values beside the ordinary output."""
     w = softmax(x.s)
     offset = ((x.query_place[:, :, None] - x.key_place[:, None]) / x.step).floor().long() + 3
-    onehots = onehot(offset.clamp(0, 5), 6)
-    return {"o": w @ x.v, "bins": torch.einsum("bhij,bijal->bhial", w, onehots)}
+    bins = torch.einsum("bhij,bijal->abhil", w, onehot(offset.clamp(0, 5), 6))
+    return {"o": w @ x.v, **{f"bins_{axis}": found for axis, found in zip("xyz", bins, strict=True)}}
 
 
 # branches
@@ -128,14 +134,14 @@ def bilateral(x: Given) -> Results:
 
 
 def decoupled(x: Given) -> Results:
-    image = softmax(x.q @ x.image_k.mT * x.factor, x.seen[:, None, None])
+    image = softmax(x.image_q @ x.image_k.mT * x.scale, x.seen[:, None, None])
     return {"o": softmax(x.s) @ x.v + x.gate[:, None, None] * (image @ x.image_v)}
 
 
 def memory(x: Given) -> Results:
     """Causal context, plus tanh(g) times a look at the image tokens seen so far."""
     seen = (x.position[:, None, :] <= x.i)[:, None]
-    image = softmax(x.memory_q @ x.image_k.mT * x.factor, seen)
+    image = softmax(x.memory_q @ x.image_k.mT * x.scale, seen)
     return {"o": softmax(x.s, x.causal) @ x.v + torch.tanh(x.gate) * (image @ x.image_v)}
 
 
@@ -165,7 +171,7 @@ def delta(x: Given) -> Results:
 
 def nested(x: Given) -> Results:
     """The subject's value is an attention of its own: sum of w_ij v_j without it, plus w_is times that."""
-    inner = softmax(x.q @ x.inner_k.mT * x.factor) @ x.inner_v
+    inner = softmax(x.q @ x.inner_k.mT * x.scale) @ x.inner_v
     w = softmax(x.s)
     subject = (x.j[0] == x.subject).double()
     return {"o": (w * (1 - subject)) @ x.v + (w * subject).sum(-1, keepdim=True) * inner}
@@ -175,7 +181,7 @@ def sorted_and_centres(x: Given) -> Results:
     """Own and next group of the sorted tokens, plus a softmax over the centres."""
     a, b = x.i // x.group, x.j // x.group
     local = softmax(x.s, (b == a) | (b == a + 1)) @ x.v
-    return {"o": local + softmax(x.q @ x.center_k.mT * x.factor) @ x.center_v}
+    return {"o": local + softmax(x.q @ x.center_k.mT * x.scale) @ x.center_v}
 
 
 def agents(x: Given) -> Results:
@@ -195,10 +201,10 @@ def high_and_low(x: Given) -> Results:
 
 
 def relational(x: Given) -> Results:
-    """sum_j a_ij v_j, and relations sum_j a_ij <q2_i, k2_j> from the factored form's definition."""
+    """sum_j a_ij v_j, and the relations sum_j a_ij <q2_i, k2_j>."""
     w = softmax(x.s)
-    relation = torch.einsum("bhij,blid,bljd->bhil", w, x.relation_q, x.relation_k)
-    return {"o": w @ x.v, "relations": relation}
+    found = torch.einsum("bhij,blid,bljd->lbhi", w, x.relation_q, x.relation_k)
+    return {"o": w @ x.v, **{f"relation_{n}": part for n, part in enumerate(found)}}
 
 
 FLOAT = "float"
@@ -227,7 +233,7 @@ STUDIES: dict[str, Study] = {
         "relative_conv",
         SHAPE,
         relative_conv,
-        draw(u=(("H", 6), FLOAT), w_pos=(("H", 6), FLOAT), embedding=(("H", 13, 6), FLOAT)),
+        draw(u=(("H", 6), FLOAT), place=(("H", 13), FLOAT), embedding=(("H", 13, 6), FLOAT)),
         {"factor": 0.4},
         scale=0.4,
     ),
@@ -257,6 +263,7 @@ STUDIES: dict[str, Study] = {
         "match_attention", _IMAGE, matching, make_matching, {"width": 4, "radius": 1, "factor": 0.4}
     ),
     "local_linear": Study("local_linear", SHAPE, local_linear, draw(rho=features(rows="Q"))),
+    "local_linear_moments": Study("local_linear_moments", SHAPE, local_moments, draw(direction=features(rows="Q"))),
     "preserved_maps": Study(
         "preserved_maps", SHAPE, chosen_maps, draw(keep=(("B", "K"), 0.4), **_SOURCE), {"factor": 0.4}
     ),
@@ -277,8 +284,13 @@ STUDIES: dict[str, Study] = {
         "decoupled_cross",
         CROSS,
         decoupled,
-        draw(image_k=features(rows=7), image_v=features(rows=7, width=5), seen=(("B", 7), 0.7), gate=(("H",), FLOAT)),
-        {"factor": 0.4},
+        draw(
+            image_q=features(rows="Q"),
+            image_k=features(rows=7),
+            image_v=features(rows=7, width=5),
+            seen=(("B", 7), 0.7),
+            gate=(("H",), FLOAT),
+        ),
     ),
     "memory_path": Study(
         "memory_path",
@@ -291,7 +303,6 @@ STUDIES: dict[str, Study] = {
             position=(("B", 7), 9),
             gate=((), FLOAT),
         ),
-        {"factor": 0.4},
     ),
     "regional_texts": Study(
         "regional_texts", CROSS, regional, draw(text=(("B", "K"), 3), gate=(("B", "Q", 3), "positive"))
@@ -303,14 +314,14 @@ STUDIES: dict[str, Study] = {
         CROSS,
         nested,
         draw(inner_k=features(rows=7), inner_v=features(rows=7, width=5)),
-        {"factor": 0.4, "subject": 3},
+        {"subject": 3},
     ),
     "content_aware_groups": Study(
         "content_aware_groups",
         SHAPE,
         sorted_and_centres,
         draw(center_k=features(rows=4), center_v=features(rows=4, width=5)),
-        {"factor": 0.4, "group": 4},
+        {"group": 4},
     ),
     "agent_attention": Study(
         "agent_attention",

@@ -43,7 +43,9 @@ def word_weights(x: Given) -> Results:
 
 def refined_words(x: Given) -> Results:
     """Columns of unchanged words come from the source's finished map, the others from the own one."""
-    source = softmax(x.source_q @ x.source_k.mT * x.factor)
+    scores = x.source_q @ x.source_k.mT * x.factor
+    source = torch.exp(scores - x.source_lse[..., None])
+    torch.testing.assert_close(source, softmax(scores))
     kept = x.align >= 0
     moved = source[..., x.align.clamp(min=0).long()]
     return {"o": torch.where(kept, moved, softmax(x.s)) @ x.v}
@@ -125,7 +127,8 @@ def laplace(x: Given) -> Results:
     """0.5 (1 + erf((s - mu) / (sigma sqrt 2))), mu = sqrt(1/2), sigma = sqrt(1/(4 pi)), inside causal chunks."""
     n = x.table.shape[0] // 2 + 1
     s = x.s + x.table[x.j - x.i + n - 1]
-    w = torch.distributions.Normal(0.5**0.5, (1 / (4 * torch.pi)) ** 0.5).cdf(s)
+    mean, deviation = (torch.tensor(value**0.5, dtype=torch.float64) for value in (1 / 2, 1 / (4 * torch.pi)))
+    w = torch.distributions.Normal(mean, deviation).cdf(s)
     return {"o": w * (x.causal & (x.i // x.chunk == x.j // x.chunk)) @ x.v}
 
 
@@ -200,6 +203,33 @@ def mixture_of_gaussians(x: Given) -> Results:
     return {"o": terms.sum(-1)[:, None] @ x.v}
 
 
+def location(x: Given) -> Results:
+    energy = torch.tanh(x.location) @ x.weight + x.prior.log()
+    return {"o": softmax(energy[:, None, None].expand(*x.s.shape)) @ x.v}
+
+
+def sparsemax(s: Tensor) -> Tensor:
+    """Projection onto the simplex, by sorting (Martins and Astudillo, 2016)."""
+    top = s.sort(-1, descending=True).values
+    count = torch.arange(1, s.shape[-1] + 1)
+    size = (1 + count * top > top.cumsum(-1)).sum(-1, keepdim=True)
+    tau = (top.cumsum(-1).gather(-1, size - 1) - 1) / size
+    return torch.relu(s - tau)
+
+
+def coarse_to_fine(x: Given) -> Results:
+    """p(z) = sum over cells of p(cell) p(z | cell)."""
+
+    def energy(k: Tensor) -> Tensor:
+        return torch.einsum("bhijf,f->bhij", torch.tanh(x.q[:, :, :, None] + k[:, :, None]), x.weight)
+
+    share, fine = sparsemax(energy(x.coarse_k)), energy(x.k)
+    o = torch.zeros(*x.q.shape[:3], x.v.shape[-1], dtype=torch.float64)
+    for c in range(share.shape[-1]):
+        o = o + share[..., c, None] * (softmax(fine, (x.cell == c)[None, None, None]) @ x.v)
+    return {"o": o, "share": share}
+
+
 def landmark(x: Given) -> Results:
     """Softmax inside each earlier block times the softmax of its landmark among own tokens and landmarks."""
     size = x.block
@@ -221,7 +251,7 @@ def landmark(x: Given) -> Results:
 def late_interaction(x: Given) -> Results:
     """Each image token's best text token among the real ones, and the other way round."""
     s = x.s.masked_fill(~x.real[:, None, None], -torch.inf)
-    return {"best": s.amax(-1), "which": s.argmax(-1), "best_image": x.s.amax(2)}
+    return {"best": s.amax(-1), "which": s.argmax(-1), "best_image": x.s.amax(2) * x.real[:, None]}
 
 
 def slots(x: Given) -> Results:
@@ -261,9 +291,7 @@ STUDIES: dict[str, Study] = {
     ),
     "toward_identity": Study("toward_identity", SHAPE, toward_identity, draw(strength=(_BH, "positive"))),
     "word_weights": Study("word_weights", CROSS, word_weights, draw(weight=(_BK, "positive"))),
-    "refined_words": Study(
-        "refined_words", CROSS, refined_words, make_refined, {"factor": 0.4}, fixed=frozenset({"source_lse"})
-    ),
+    "refined_words": Study("refined_words", CROSS, refined_words, make_refined, {"factor": 0.4}),
     "cog": Study("cog", SHAPE, cog),
     "decayed_linear": Study("decayed_linear", SHAPE, decayed_linear, draw(slope=(("H",), "positive"))),
     "redistributed": Study(
@@ -311,8 +339,23 @@ STUDIES: dict[str, Study] = {
         CROSS,
         mixture_of_gaussians,
         draw(weight=(("B", "Q", 3), "positive"), center=(("B", "Q", 3), "float"), width=(("B", "Q", 3), "positive")),
+        scale=1.0,
     ),
-    "landmark": Study("landmark", SHAPE, landmark, params={"block": 4}),
+    "location_attention": Study(
+        "location_attention",
+        Shape(2, 2, 1, 1, 9),
+        location,
+        draw(weight=((4,), "float"), location=(("B", "K", 4), "float"), prior=(("B", "K"), "positive")),
+        scale=1.0,
+    ),
+    "coarse_to_fine": Study(
+        "coarse_to_fine",
+        CROSS,
+        coarse_to_fine,
+        draw(weight=((6,), "float"), coarse_k=(("B", "H", 3, 6), "float"), cell=(("K",), 3)),
+        scale=1.0,
+    ),
+    "landmark": Study("landmark", SHAPE, landmark, params={"block": 4, "factor": 6**-0.5}),
     "late_interaction": Study("late_interaction", CROSS, late_interaction, draw(real=(_BK, 0.7))),
     "slots": Study("slots", Shape(2, 1, 1, 4, 11), slots),
     "sinkhorn": Study("sinkhorn", Shape(2, 1, 1, 4, 11), sinkhorn, params={"eps": 0.7}),
