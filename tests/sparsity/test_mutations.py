@@ -23,8 +23,8 @@ from mutants import HARMLESS, MUTANTS, OWNERS, narrower, surer
 
 import attnlang.passes.float_intervals as floats
 import attnlang.passes.intervals as ints
-from attnlang.ir import FLOAT, INT, Load
-from attnlang.ir.build import cast, k, op, q
+from attnlang.ir import FLOAT, INT, Load, Size
+from attnlang.ir.build import cast, const, k, op, q
 from attnlang.passes.intervals import Truth
 from attnlang.sparsity import analyse, domain
 
@@ -142,6 +142,11 @@ RARE = [  # what random programs hold once in thousands
     op("ge", Load("doc", (k,), INT), 7),
     op("ge", Load("bias", (k,), FLOAT), -100.0),  # hides NaN
     op("ge", cast(op("ge", q, k), FLOAT), 0.5),
+    op("ge", op("where", op("ge", q, k), const(1.0), const(-1.0)), 0.0),
+    op("ge", op("where", op("ge", q, k), q, 5), op("add", k, 2)),
+    op("ge", k, op("sub", Size("Lk"), 3)),
+    op("eq", op("mul", q, 2), op("mul", k, 2)),
+    op("ge", op("mul", q, k), 20),
 ]
 
 
