@@ -78,12 +78,12 @@ bench: setup
 	$(BIN)/python benchmarks/report.py
 
 # 200,000 random mask programs against brute force: no tile may be called empty or full that is not.
+fuzz fuzz-sparsity: setup
+	$(BIN)/python tests/sparsity/fuzz.py --jobs $(JOBS)
+
 # A hundred times the random differentiable scores of a test run; ATTNLANG_SEED=N starts at another seed.
 fuzz-grad: setup
 	ATTNLANG_FUZZ=100 $(BIN)/python -m pytest -n $(JOBS) tests/backward/test_random_scores.py
-
-fuzz fuzz-sparsity: setup
-	$(BIN)/python tests/sparsity/fuzz.py --jobs $(JOBS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
