@@ -6,6 +6,7 @@
 # make fuzz      200,000 random masks: is every tile what the analysis says? (half an hour)
 # make lint      style, formatting, types
 # make bench     all benchmarks; results go to benchmarks/results/
+# make resources compile the library's kernels for GPUs that need not be here, as far as they changed
 # make clean     remove what was built (environments stay; `make distclean` removes them too)
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ STAMP   := $(VENV)/.attnlang-setup
 STAMP36 := $(VENV36)/.attnlang-setup
 PIP     := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: setup demo test test-long test-triton lint format bench fuzz fuzz-sparsity fuzz-grad clean distclean help
+.PHONY: setup demo test test-long test-triton lint format bench resources fuzz fuzz-sparsity fuzz-grad clean distclean help
 .DELETE_ON_ERROR:
 
 help:
@@ -75,6 +76,12 @@ bench: setup
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/report.py
+
+# registers, spills and shared memory; hours for everything, but it goes on where it was stopped
+resources: setup
+	$(BIN)/python benchmarks/gpu_resources.py
+	$(BIN)/python benchmarks/gpu_backward_resources.py
 	$(BIN)/python benchmarks/report.py
 
 # 200,000 random mask programs against brute force: no tile may be called empty or full that is not.
