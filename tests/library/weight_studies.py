@@ -1,4 +1,4 @@
-"""Dense definitions of ``weights.attn`` and ``normalizers.attn``."""
+"""Dense definitions of ``edited_weights.attn`` and ``normalizers.attn``."""
 
 from __future__ import annotations
 
