@@ -103,7 +103,7 @@ def test_settling_takes_the_first_tile_without_spills():
 def sources() -> dict[str, str]:
     return {
         f"{name}_{'d' if descriptors else 'p'}": emit(plan, candidates(plan, "cuda:90", descriptors=descriptors)[0])
-        for name in library.names()
+        for name in library.names(standard=True)
         for plan in [plan_of(name, 80)]
         for descriptors in (False, True)
     }
