@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,25 +24,10 @@ if TYPE_CHECKING:
     from attnlang.sparsity import Layout, Report, RunMap
     from attnlang.tracing import Traced
 
-__all__ = ["Attention", "compile", "load", "load_all", "parse", "program", "reference"]
+__all__ = ["Attention", "compile", "load", "load_all", "parse", "reference"]
 
 Tensor = torch.Tensor
-Mod = Callable[..., Any]
 LayoutChoice: TypeAlias = "Layout | str | Tensor | tuple[Tensor, Tensor] | None"
-
-
-def program(mask: Mod | None = None, score: Mod | None = None, *, name: str | None = None) -> Traced:
-    """Trace Python functions with FlexAttention's signatures into a program.
-
-    ``mask(b, h, q_idx, kv_idx)`` and ``score(score, b, h, q_idx, kv_idx)``; tensors they close over become captured
-    tensors and numbers become parameters of the program, with the traced values as defaults.
-
-    Raises:
-        ProgramError: a function does something that cannot be compiled; the message names the line.
-    """
-    from attnlang.tracing import trace
-
-    return trace(mask, score, name=name)
 
 
 def _pick(module: Module, pattern: str | None) -> Program:
