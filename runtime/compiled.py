@@ -20,7 +20,7 @@ from .call import Call
 from .errors import Unavailable
 from .regions import Work
 
-__all__ = ["kernel_of"]
+__all__ = ["has_kernel", "kernel_of"]
 
 Tensor = torch.Tensor
 
@@ -54,6 +54,15 @@ def _rows(stage: Attend) -> Operand | None:
     if found is not None and found.index != KEY_ADDRESS:
         raise Unavailable("it sums rows at addresses of their own")
     return found
+
+
+def has_kernel(stage: Attend) -> bool:
+    """Whether :func:`kernel_of` has a kernel for such a stage."""
+    try:
+        _rows(stage)
+    except Unavailable:
+        return False
+    return True
 
 
 def kernel_of(

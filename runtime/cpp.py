@@ -43,13 +43,17 @@ class Kernel:
         stream = self.plan.stream
         assert stream is not None
         made = {out.name: _start(out, self.plan, call) for out in stream.outputs}
-        if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
-            return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
         tensors = {"q": call.q, "k": call.k, "v": call.v, **made}
         if self._space is not None:
             tensors["space"] = torch.empty(self._space(*call.k.shape[:3]), dtype=torch.uint8)
         self._loaded.run(call, tensors, schedule, min(threads, schedule.threads(call)))
         return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
+
+    def nothing(self, call: Call) -> dict[str, Tensor]:
+        """Every output of a call without queries."""
+        stream = self.plan.stream
+        assert stream is not None
+        return {out.name: _finish(out, self.plan, _start(out, self.plan, call)) for out in stream.outputs}
 
 
 def _column(out: Made, plan: KernelPlan) -> Accumulator | None:
@@ -128,6 +132,8 @@ def outputs(call: Call) -> dict[str, Tensor]:
     if call.q.dtype is torch.bfloat16 and _use_matrix(call.q.shape[2]) and plain(kernel.plan):
         isa = AMX
         kernel = _kernels.get(call, isa)
+    if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
+        return kernel.nothing(call)
     return kernel(call, schedule_of(call, isa), torch.get_num_threads())
 
 
