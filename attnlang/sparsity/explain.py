@@ -78,12 +78,10 @@ class Report:
             lines.append(f"  clauses joined by '{self.connective}':           empty      partial         full")
             lines += [f"    {_cut(c.text, 38):<38}{c.empty:>12,} {c.partial:>12,} {c.full:>12,}" for c in self.clauses]
         if self.form is not None:
-            low, high = (format_expr(x) for x in (self.form.touched_lo, self.form.touched_hi))
-            full_low, full_high = (format_expr(x) for x in (self.form.full_lo, self.form.full_hi))
-            lines.append(
-                f"  closed form: rows q_first..q_last see keys from {_cut(low, WIDTH)} up to {_cut(high, WIDTH)}"
-            )
-            lines.append(f"    and all of them from {_cut(full_low, WIDTH)} up to {_cut(full_high, WIDTH)}")
+            for start, part in zip(("closed form: rows q_first..q_last see", "and"), self.form.parts, strict=False):
+                low, high, full_low, full_high = (_cut(format_expr(x), WIDTH) for x in part.exprs)
+                lines.append(f"  {start} keys from {low} up to {high}")
+                lines.append(f"    and all of them from {full_low} up to {full_high}")
         lines += [f"  advice: {text}" for text in self.advice]
         return "\n".join(lines)
 
