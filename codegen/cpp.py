@@ -15,6 +15,7 @@ from attnlang.passes.widths import Width
 
 from .cpp_arguments import arguments
 from .cpp_printer import ELEMENTS, SCALARS, VECTORS, CppPrinter
+from .cpp_runs import bounds_text
 from .isa import COMMON_FLAGS, Isa
 from .plan import KernelPlan, Section, Value
 
@@ -99,8 +100,11 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
     grid = [_declare(printer, v) for v in plan.grid]
     row = [line for v in plan.row for line in (f"// {v.comment}", f"{v.name}[w] = {printer.value(v)};")]
     addresses = {name: printer.text(getattr(plan, name), Level.GRID) for name in ("key_batch", "key_head")}
+    bounds = bounds_text(printer, plan.run_bounds("k"))
     return {
         "header": _header(plan, isa),
+        "bounds": bounds,
+        "bounds_lines": [_declare(printer, v) for v in bounds.values] if bounds else [],
         "isa": isa,
         "head_dim": plan.head_dim,
         "value_dim": plan.value_dim,

@@ -8,6 +8,7 @@ import struct
 from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size
 from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
+from attnlang.sparsity.closed_form import KEY_TILE
 
 from .plan import KernelPlan
 from .printer import Printer
@@ -131,7 +132,7 @@ class CppPrinter(Printer):
         return self._spread(f"p_{node.name}", node, at)
 
     def input(self, node: Input, at: Level) -> str:
-        return node.name
+        return "TILE" if node is KEY_TILE else node.name
 
     def _spread(self, text: str, node: Expr, at: Level) -> str:
         return f"{_SPLAT[self.plan.width(node)]}({text})" if at in _LANED else text

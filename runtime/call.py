@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["Call"]
 
 
+def _never(loop: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Call:
     """A specialised program with arguments that have been checked against it.
@@ -23,7 +27,8 @@ class Call:
     Shapes: q [B, H, Lq, D], k [Bkv, Hkv, Lk, D], v [Bkv, Hkv, Lk, Dv], any strides, one dtype and device. ``sizes``
     binds every size the program reads, ``params`` every scalar parameter, ``tensors`` every captured tensor (on the
     device of q). ``runs(tile)`` returns the run map at a (query, key) tile; it is computed once per tile and cached by
-    the caller.
+    the caller. ``closed(loop)`` says whether a kernel whose inner loop is over ``"k"`` or ``"q"`` may compute its own
+    run bounds and leave the run map alone; where runs come from elsewhere than the mask it may not.
     """
 
     program: Program
@@ -35,6 +40,7 @@ class Call:
     tensors: Mapping[str, torch.Tensor]
     scale: float
     runs: Callable[[tuple[int, int]], RunMap]
+    closed: Callable[[str], bool] = _never
 
     @property
     def storage(self) -> dict[str, str]:

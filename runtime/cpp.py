@@ -36,7 +36,7 @@ class Kernel:
             self._space.argtypes = (ctypes.c_int64,) * 3
             self._space.restype = ctypes.c_int64
 
-    def __call__(self, call: Call, schedule: Schedule, threads: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, call: Call, schedule: Schedule | None, threads: int) -> tuple[Tensor, Tensor]:
         q, v = call.q, call.v
         batch, heads, length, _ = q.shape
         o = torch.empty((batch, heads, length, v.shape[3]), dtype=q.dtype)
@@ -44,7 +44,9 @@ class Kernel:
         tensors = {"q": q, "k": call.k, "v": v, "o": o, "lse": lse}
         if self._space is not None:
             tensors["space"] = torch.empty(self._space(*call.k.shape[:3]), dtype=torch.uint8)
-        self._loaded.run(call, tensors, schedule, min(threads, schedule.threads(call)))
+        if schedule is not None:
+            threads = min(threads, schedule.threads(call))
+        self._loaded.run(call, tensors, schedule, threads)
         return o, lse
 
 
@@ -82,7 +84,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     isa = select_isa(q.shape[2])
     if q.dtype is torch.bfloat16 and _use_matrix(q.shape[2]):
         isa = AMX
-    return _kernels.get(call, isa)(call, schedule_of(call, isa), torch.get_num_threads())
+    kernel = _kernels.get(call, isa)
+    return kernel(call, schedule_of(call, isa, kernel.plan), torch.get_num_threads())
 
 
 def _use_matrix(rows: int) -> bool:

@@ -73,7 +73,7 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
     }
     for i, grad in enumerate(kernel.plan.grads):
         tensors[f"d{i}"] = _buffer(call, grad, splits, blocks)
-    kernel.run(call, tensors, schedule_of(call, isa), torch.get_num_threads())
+    kernel.run(call, tensors, schedule_of(call, isa, kernel.plan), torch.get_num_threads())
     parts = [_gather(call, grad, tensors[f"d{i}"]) for i, grad in enumerate(kernel.plan.grads)]
     captured = total(call, wanted, kernel.plan.grads, parts)
     dk, dv = (

@@ -1,4 +1,4 @@
-"""Run maps of calls, remembered while nothing they depend on has changed.
+"""Run maps of calls: from the closed form of the mask where it has one, else analysed and remembered.
 
 A run map is a function of the mask, the lengths, the parameters and the captured tensors the mask reads. Small tensors
 on the CPU are identified by their contents; others by the tensor object and its version counter, which every in-place
@@ -22,7 +22,7 @@ from attnlang.ir import Expr, Index, Load, Param, Program, Scalar, Size, postord
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
 
-__all__ = ["RunMaps", "run_maps"]
+__all__ = ["RunMaps", "Runs", "run_maps"]
 
 Tile: TypeAlias = tuple[int, int]
 Key: TypeAlias = tuple[Any, ...]
@@ -63,6 +63,27 @@ def _fingerprint(t: torch.Tensor) -> tuple[Key, weakref.ref[torch.Tensor] | None
     return (*kind, id(t), t.data_ptr(), t.stride(), t._version), weakref.ref(t)
 
 
+@dataclass(frozen=True)
+class Runs:
+    """The run maps of one call, as a function of the (query, key) tile."""
+
+    find: Callable[[Tile], RunMap]
+    program: Program
+    sizes: Mapping[str, int]
+    params: Mapping[str, Scalar]
+    tensors: Mapping[str, torch.Tensor]
+
+    def __call__(self, tile: Tile) -> RunMap:
+        return self.find(tile)
+
+    def closed(self, loop: str) -> bool:
+        """Whether a kernel whose inner loop is over ``loop`` (``"k"`` or ``"q"``) may compute its own run bounds."""
+        from attnlang.sparsity import closed_form
+
+        form = closed_form(self.program, loop)
+        return form is not None and form.exact and form.holds(self.sizes, self.params, _storage(self.tensors))
+
+
 class RunMaps:
     """A small, thread-safe cache of run maps; the least recently used one is dropped first."""
 
@@ -78,16 +99,16 @@ class RunMaps:
         sizes: Mapping[str, int],
         params: Mapping[str, Scalar],
         tensors: Mapping[str, torch.Tensor],
-    ) -> Callable[[Tile], RunMap]:
-        """Return the function of a call that maps a (query, key) tile to its run map."""
+    ) -> Runs:
+        """Return the run maps of a call."""
         base: list[tuple[Key, tuple[weakref.ref[torch.Tensor], ...]] | None] = []
 
-        def runs(tile: Tile) -> RunMap:
+        def find(tile: Tile) -> RunMap:
             if not base:
                 base.append(self._key(program.mask, sizes, params, tensors))
-            return self._get(base[0], tile, lambda: _analyse(program, sizes, params, tensors, tile))
+            return self._get(base[0], tile, lambda: _made(program, sizes, params, tensors, tile))
 
-        return runs
+        return Runs(find, program, sizes, params, tensors)
 
     def clear(self) -> None:
         with self._lock:
@@ -138,15 +159,22 @@ class RunMaps:
         return made
 
 
-def _analyse(
+def _storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+
+
+def _made(
     program: Program,
     sizes: Mapping[str, int],
     params: Mapping[str, Scalar],
     tensors: Mapping[str, torch.Tensor],
     tile: Tile,
 ) -> RunMap:
-    from attnlang.sparsity import analyse
+    from attnlang.sparsity import analyse, closed_form
 
+    form = closed_form(program)
+    if form is not None and form.exact and form.holds(sizes, params, _storage(tensors)):
+        return form.run_map(program, sizes, params, tensors, tile)
     return analyse(program, sizes, params, tensors, tile=tile)
 
 

@@ -14,10 +14,11 @@ from .descend import descend
 from .refine import refine
 from .runmap import RunMap
 
-__all__ = ["analyse"]
+__all__ = ["analyse", "check_sizes"]
 
 
-def _check(sizes: Mapping[str, int], tile: tuple[int, int]) -> None:
+def check_sizes(sizes: Mapping[str, int], tile: tuple[int, int]) -> None:
+    """Raise a UsageError where a length is missing or out of range, or a side of the tile is."""
     for name in ("Lq", "Lk"):
         if sizes.get(name, -1) < 0:
             raise UsageError(f"size {name!r} must be given and not negative, got {sizes.get(name)}")
@@ -46,7 +47,7 @@ def analyse(
     Raises:
         UsageError: something the mask reads has no value, or a size or tile is out of range.
     """
-    _check(sizes, tile)
+    check_sizes(sizes, tile)
     classifier = Classifier(program.mask, sizes, numbers(params or {}, program), prepare(program, tensors or {}), tile)
     batch = sizes.get("B", 1) if classifier.reads_axis("b") else 1
     heads = sizes.get("H", 1) if classifier.reads_axis("h") else 1

@@ -38,6 +38,7 @@ from attnlang.passes.intervals import value_range, value_ranges
 from attnlang.passes.simplify import simplify
 from attnlang.passes.widths import INT_RANGES
 
+from .analyse import check_sizes
 from .classify import numbers
 from .runmap import FULL, PARTIAL, RunMap, build_runs
 from .solve import FIRST, LAST, LK, Keys, NoClosedForm, Solver, direction
@@ -230,7 +231,12 @@ class ClosedForm:
         tensors: Mapping[str, torch.Tensor] | None = None,
         tile: tuple[int, int] = (128, 128),
     ) -> RunMap:
-        """Evaluate the bounds for every row of tiles: the run map without any search, in O(rows)."""
+        """Evaluate the bounds for every row of tiles: the run map without any search, in O(rows).
+
+        Raises:
+            UsageError: a size or tile is out of range.
+        """
+        check_sizes(sizes, tile)
         bm, bn = tile
         lq, lk = sizes["Lq"], sizes["Lk"]
         nq = -(-lq // bm)
