@@ -136,6 +136,7 @@ def _header(plan: KernelPlan, isa: Isa) -> str:
         *format_program(plan.program).splitlines(),
         "",
         f"{plan.dtype} q [B, H, Lq, {d}], k [B, Hkv, Lk, {d}], v [B, Hkv, Lk, {dv}], o [B, H, Lq, {dv}].",
+        *(r.needs for r in plan.runs if r.needs),
         f"Build: c++ {' '.join((*COMMON_FLAGS, *isa.flags))} FILE.cpp -o FILE.so",
     ]
     return "\n".join(_comment(line) for line in lines)

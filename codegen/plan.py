@@ -206,6 +206,12 @@ class _Namer:
     def __init__(self, taken: Iterable[str]) -> None:
         self._used: set[str] = set(taken)
 
+    def take(self, stem: str) -> str:
+        """Return ``stem``, with underscores where the program uses it."""
+        while stem in self._used:
+            stem += "_"
+        return stem
+
     def __call__(self, node: Expr, level: Level) -> str:
         # operators are always numbered, so that templates can use names like row_max for themselves
         if isinstance(node, Load):
@@ -258,7 +264,7 @@ def _names(
             suffix = str(i + 1) if i else ""
             for name, expr in zip(NAMES, part.exprs, strict=True):
                 if not _is_leaf(expr):
-                    given.setdefault(expr, f"{name}{suffix}")
+                    given.setdefault(expr, namer.take(f"{name}{suffix}"))
     ends = tuple(e for r in runs for e in r.exprs)
     named = {*_named_nodes(hooks, level_of), *_named_nodes(ends, level_of)}
     order = [n for n in postorder(*hooks, *ends) if n in named]

@@ -35,7 +35,8 @@ class RunBounds:
 
     Each of ``parts``, in ascending order, is a range of partial tiles, one of full tiles and one of partial tiles, as
     GRID-level expressions over ``first`` and ``last``, the first and the last row of the block (inclusive, in range),
-    and ``tile``, the length of a tile. ``rises`` says that later blocks meet more tiles.
+    and ``tile``, the length of a tile. ``rises`` says that later blocks meet more tiles; ``positive`` must be at least
+    1 in every launch.
     """
 
     loop: str
@@ -44,6 +45,12 @@ class RunBounds:
     last: Input
     tile: Input
     rises: bool
+    positive: tuple[Expr, ...] = ()
+
+    @property
+    def needs(self) -> str:
+        """A sentence on what a launch must see to, empty where there is nothing."""
+        return f"Needs {', '.join(f'{format_expr(e)} >= 1' for e in self.positive)}." if self.positive else ""
 
     @property
     def exprs(self) -> tuple[Expr, ...]:
@@ -80,7 +87,7 @@ def run_bounds(form: ClosedForm, ranges: Ranges) -> RunBounds:
 
     exprs = rewrite((e for part in form.tile_bounds(tile) for e in part.exprs), settle)
     parts = tuple(TileBounds(*exprs[i : i + 4]) for i in range(0, len(exprs), 4))
-    return RunBounds(loop, parts, form.first, form.last, tile, form.rises)
+    return RunBounds(loop, parts, form.first, form.last, tile, form.rises, form.positive)
 
 
 def _extreme(node: Op, ranges: Ranges) -> Expr:

@@ -20,6 +20,7 @@ from attnlang.passes.levels import Level
 from .plan import KernelPlan, Section, Value
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, precedence, safe_name
+from .triton_runs import bounds_text, table_arguments
 
 __all__ = ["Arguments", "Config", "arguments", "emit", "padded"]
 
@@ -99,7 +100,6 @@ class Arguments:
 
 
 _KNOWN_SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": "k.shape[1]", "Lk": "k.shape[2]"}
-_TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
 
 
 def _operands(plan: KernelPlan, config: Config) -> list[tuple[str, str]]:
@@ -131,9 +131,10 @@ def arguments(plan: KernelPlan, config: Config) -> Arguments:
     sizes = list(dict.fromkeys(("H", "Lq", "Lk", *plan.sizes)))
     pairs += [(n, n) for n in scalars]
     pairs += [(safe_name(n), _KNOWN_SIZES.get(n, safe_name(n))) for n in sizes]
-    pairs += [(n, n) for n in _TABLE]
-    host += [*scalars, *map(safe_name, extra), *_TABLE]
-    loose += [*scalars, *map(safe_name, sizes), *_TABLE[4:]]
+    table = table_arguments(plan, "k")
+    pairs += [(n, n) for n in table]
+    host += [*scalars, *map(safe_name, extra), *table]
+    loose += [*scalars, *map(safe_name, sizes), *table[4:]]
     return Arguments(
         kernel=tuple(name for name, _ in pairs),
         host=tuple(host),
@@ -226,6 +227,7 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
         "row_values": _lines(printer, plan.row),
         "plan_full": full,
         "plan_partial": partial,
+        "bounds": bounds_text(printer, plan.run_bounds("k")),
         "arguments": arguments(plan, config),
     }
     context["helpers"] = helper_sources(printer.helpers)

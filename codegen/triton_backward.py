@@ -24,6 +24,7 @@ from .scatter import scatter_of
 from .triton import LINE, Config, _comment, _mask_text, _program_lines, _scalar, _wrapped, padded
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, safe_name
+from .triton_runs import TABLE, bounds_text, table_arguments
 
 __all__ = [
     "KEYS",
@@ -170,8 +171,9 @@ class BackwardArguments:
 
 
 _SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": "k.shape[1]", "Lk": "k.shape[2]"}
+_LOOP = {QUERIES: "k", KEYS: "q"}
+"""Axis of the inner loop."""
 _SCATTERED = ("store", "fixed", "atomic")
-_TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
 
 
 def has_diagonals(plan: KernelPlan) -> bool:
@@ -266,9 +268,10 @@ def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
     if kernel == QUERIES and has_diagonals(plan):
         made.host.append("shares")
         made.add("shares", loose=True)
-    made.host += _TABLE
-    for name in _TABLE:
-        made.add(name, type="int32" if name in _TABLE[:4] else "", loose=name in _TABLE[4:])
+    table = table_arguments(plan, _LOOP[kernel])
+    made.host += table
+    for name in table:
+        made.add(name, type="int32" if name in TABLE[:4] else "", loose=name in TABLE[4:])
     names, texts = tuple(made.kernel), tuple(made.kernel.values())
     return BackwardArguments(names, tuple(made.host), texts, tuple(made.loose), made.types, frozenset(made.last))
 
@@ -339,6 +342,7 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
         "grads": grads,
         "diagonal": [g for g in grads if g.kind in ("difference", "sum")],
         "scattered": [g for g in grads if not g.summed],
+        "bounds": bounds_text(printer, plan.run_bounds(_LOOP[kernel])),
         "arguments": backward_arguments(plan, kernel),
     }
     context["helpers"] = helper_sources(printer.helpers)

@@ -144,10 +144,24 @@ def _use_descriptors(call: Call, o: Tensor, target: str) -> bool:
     return capable and all(map(_describable, (call.q, call.k, call.v, o)))
 
 
+def closed_loops(call: Call, loops: str) -> tuple[str, ...]:
+    """Return the axes among ``loops`` along which kernels may compute their run bounds."""
+    return tuple(filter(call.closed, loops))
+
+
+def table_of(call: Call, plan: KernelPlan, config: Config, loop: str) -> Table | tuple[()]:
+    """Return the run table for the kernel of ``plan`` that loops over ``loop``, nothing where it needs none."""
+    if plan.run_bounds(loop) is not None:
+        return ()
+    run_map = call.runs(config.tile)
+    return _device_table(run_map if loop == "k" else run_map.transpose(), call.q.device)
+
+
 def _kernel(call: Call, target: str, descriptors: bool) -> _Kernel:
     storage = tuple(call.storage.items())
     dims = (call.q.shape[3], call.v.shape[3])
-    key = (id(call.program), call.q.dtype, dims, storage, _needs_wide(call), target, descriptors)
+    closed = closed_loops(call, "k")
+    key = (id(call.program), call.q.dtype, dims, storage, _needs_wide(call), target, descriptors, closed)
     with _lock:
         found = _kernels.get(key)
         if found is not None:
@@ -160,6 +174,7 @@ def _kernel(call: Call, target: str, descriptors: bool) -> _Kernel:
         value_dim=dims[1],
         storage=dict(storage),
         wide=key[4],
+        closed=closed,
     )
     configs = candidates(plan, target, descriptors=descriptors)
     kernel = _Kernel(call.program, plan, configs)  # holds the program, so its id stays taken
@@ -253,7 +268,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     captured = _arguments(call, kernel.plan)
 
     def launch(config: Config) -> int:
-        table = _device_table(call.runs(config.tile), q.device)
+        table = table_of(call, kernel.plan, config, "k")
         return _launch(kernel.launcher(config), (q, call.k, call.v, o, lse, scale, *captured, *table))
 
     if kernel.chosen is None:

@@ -70,7 +70,8 @@ def _kernel(call: Call, target: str, wanted: tuple[str, ...]) -> _Kernels:
     storage = tuple(call.storage.items())
     dims = (call.q.shape[3], call.v.shape[3])
     wide = forward_pass._needs_wide(call)
-    key = (id(call.program), call.q.dtype, dims, storage, wide, target, wanted)
+    closed = forward_pass.closed_loops(call, "kq")
+    key = (id(call.program), call.q.dtype, dims, storage, wide, target, wanted, closed)
     with _lock:
         found = _kernels.get(key)
         if found is not None:
@@ -85,6 +86,7 @@ def _kernel(call: Call, target: str, wanted: tuple[str, ...]) -> _Kernels:
         wide=wide,
         backward=True,
         captured_grads=wanted,
+        closed=closed,
     )
     passes = (_Pass(call.program, plan, candidates(plan, kernel, target), kernel=kernel) for kernel in (QUERIES, KEYS))
     with _lock:
@@ -248,8 +250,7 @@ def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], unit: Tensor, 
         shares = _shares(call, grads, tiles) if kernel.kernel == QUERIES else None
         made.update((i, _Sums(call, grads[i], tiles, shares or 1, unit)) for i in own)
         buffers = [argument for i in own for argument in made[i].arguments] + ([] if shares is None else [shares])
-        run_map = call.runs(config.tile)
-        table = forward_pass._device_table(run_map if kernel.kernel == QUERIES else run_map.transpose(), call.q.device)
+        table = forward_pass.table_of(call, kernel.plan, config, "k" if kernel.kernel == QUERIES else "q")
         return forward_pass._launch(kernel.launcher(config), (*operands, call.scale, *captured, *buffers, *table))
 
     if kernel.chosen is None:

@@ -288,7 +288,7 @@ def _whole_tiles(keys: Expr, tile: Like) -> Expr:
 
 def _tiles(keys: Expr, tile: Like) -> Expr:
     """Tiles that hold the keys [0, keys)."""
-    return keys if keys is const(0) else op("floordiv", op("add", keys, simplify(op("sub", tile, 1))), tile)
+    return keys if keys is const(0) else op("floordiv", simplify(op("add", op("sub", keys, 1), tile)), tile)
 
 
 def closed_form(program: Program, loop: str = "k") -> ClosedForm | None:
