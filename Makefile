@@ -2,6 +2,8 @@
 # make demo      compile a program of your own kind, run it, check it, time it, draw it
 # make test      every test;   make test-triton: the Triton tests under Triton 3.6 and under the newest release
 # make test-long the slow comparisons, every library program at 4096 tokens
+# make fuzz-grad 100,000 random scores: gradients of the C++ kernels against float64 (hours)
+# make fuzz      200,000 random masks: is every tile what the analysis says? (half an hour)
 # make lint      style, formatting, types
 # make bench     all benchmarks; results go to benchmarks/results/
 # make clean     remove what was built (environments stay; `make distclean` removes them too)
@@ -18,7 +20,7 @@ STAMP   := $(VENV)/.attnlang-setup
 STAMP36 := $(VENV36)/.attnlang-setup
 PIP     := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: setup demo test test-long test-triton lint format bench fuzz fuzz-sparsity clean distclean help
+.PHONY: setup demo test test-long test-triton lint format bench fuzz fuzz-sparsity fuzz-grad clean distclean help
 .DELETE_ON_ERROR:
 
 help:
@@ -74,9 +76,13 @@ bench: setup
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/report.py
 
-# The soundness property tests with a hundred times the examples of a test run.
+# 200,000 random mask programs against brute force: no tile may be called empty or full that is not.
+# A hundred times the random differentiable scores of a test run; ATTNLANG_SEED=N starts at another seed.
+fuzz-grad: setup
+	ATTNLANG_FUZZ=100 $(BIN)/python -m pytest -n $(JOBS) tests/backward/test_random_scores.py
+
 fuzz fuzz-sparsity: setup
-	ATTNLANG_FUZZ=100 $(BIN)/python -m pytest -n $(JOBS) tests/sparsity
+	$(BIN)/python tests/sparsity/fuzz.py --jobs $(JOBS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

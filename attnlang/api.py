@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnlang.ir import Program, Scalar, UsageError, digest, format_program, reference_attention, verify
+from attnlang.ir import FLOAT, OUTPUT_NAMES, Program, Scalar, UsageError, digest, format_program, verify
+from attnlang.ir import reference as evaluate_dense
+from attnlang.passes.learned import learnable, only_in_masks, with_captured_numbers
 from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch
-from attnlang.runtime.bind import Binder, Bound, suggest
+from attnlang.runtime.bind import Binder, Bound, check_scalar, suggest
 from attnlang.runtime.call import Call
 from attnlang.runtime.op import Site, attend, register
 from attnlang.runtime.opaque import opaque
@@ -19,7 +21,7 @@ from attnlang.runtime.runs import run_maps
 
 if TYPE_CHECKING:
     from attnlang.grammar import Module
-    from attnlang.sparsity import RunMap
+    from attnlang.sparsity import Report, RunMap
     from attnlang.tracing import Traced
 
 __all__ = ["Attention", "compile", "load", "load_all", "parse", "program", "reference"]
@@ -106,10 +108,21 @@ class Attention:
         self.program = specialise(verify(source), _checked_static(source, static))
         self._defaults = {n: v for n, v in self._defaults.items() if n not in static}
         self._binder = Binder(self.program)
+        self._float_names = frozenset(p.name for p in self.program.scalars if p.type is FLOAT)
+        self._learnable = learnable(self.program)
+        self._only_in_masks = only_in_masks(self.program)
+        self._learning = self._with_captured_numbers() if self._learnable else None
         self._enter_graphs()
+
+    def _with_captured_numbers(self) -> Attention:
+        """The same attention with every learnable float parameter as a captured 0-d tensor."""
+        other = Attention(with_captured_numbers(self.program, self._learnable), backend=self.backend)
+        other._defaults = self._defaults
+        return other
 
     def _enter_graphs(self) -> None:
         """Get a handle by which graphs that PyTorch captures can refer to this program."""
+        self._standard = self.program.standard
         self._site = Site(self.program, self._binder, self.backend)
         self._handle = register(self._site)
         self._tensor_names = tuple(t.name for t in self.program.tensors)
@@ -129,6 +142,7 @@ class Attention:
         v: Tensor,
         *,
         return_lse: bool = False,
+        return_aux: bool = False,
         scale: float | None = None,
         backend: str | None = None,
         **captured: Any,
@@ -136,25 +150,64 @@ class Attention:
         """Return attention of q [B, H, Lq, D] over k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv], as [B, H, Lq, Dv].
 
         ``captured`` gives captured tensors and scalar parameters by name. With ``return_lse`` the result is (o, lse),
-        lse [B, H, Lq] the natural logarithm in float32. A row without visible keys gives 0 and -inf. Differentiable in
-        q, k, v and every float captured tensor.
+        lse [B, H, Lq] the natural logarithm in float32. A row without visible keys gives 0 and -inf. With
+        ``return_aux`` the last item of the result is a dict of every other output the program declares; a program
+        without an output ``o`` always returns that dict alone. Differentiable in q, k, v and every float captured
+        tensor. A float parameter that no mask reads may be a 0-d tensor, and is then differentiable, too.
 
         Raises:
             UsageError: an argument does not fit the program.
             Unavailable: ``backend`` was named and cannot run here.
         """
-        if torch.compiler.is_compiling():
+        if self._only_in_masks and torch.is_grad_enabled():
+            self._refuse_gradients_of_masks(captured)
+        if any(isinstance(captured.get(name), Tensor) for name in self._float_names):
+            learning, captured = self._numbers_captured(captured, q)
+            return learning(
+                q, k, v, return_lse=return_lse, return_aux=return_aux, scale=scale, backend=backend, **captured
+            )
+        if torch.compiler.is_compiling() and self._standard:
             o, lse = self._captured_call(q, k, v, scale, captured)
+            made = {"o": o, "lse": lse}
         else:
-            o, lse = self._eager_call(q, k, v, scale, backend, captured)
-        return (o, lse) if return_lse else o
+            made = self._eager_call(q, k, v, scale, backend, captured)
+        return _arrange(self.program.name, made, return_lse, return_aux)
+
+    def _refuse_gradients_of_masks(self, captured: dict[str, Any]) -> None:
+        for name in self._only_in_masks:
+            x = captured.get(name, self._defaults.get(name))
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise UsageError(
+                    f"{name} wants a gradient, but only the mask of {self.program.name} reads it, and hiding a pair "
+                    f"has none. Pass {name}.detach(), or learn it straight through: keep the hard mask and let the "
+                    "score read it too, as a soft copy of the mask (where it says x > 0, add log(sigmoid(x)))"
+                )
+
+    def _numbers_captured(self, captured: dict[str, Any], q: Tensor) -> tuple[Attention, dict[str, Any]]:
+        """The attention and the arguments for a call that gives tensors for float parameters."""
+        for name in self._float_names - self._learnable:
+            if isinstance(captured.get(name), Tensor):
+                raise UsageError(
+                    f"parameter {name!r} of {self.program.name} cannot be a tensor: the mask reads it, and hiding a "
+                    "pair has no gradient. Pass a Python float (.item()), or let the score fade pairs out, with the "
+                    "mask behind the point where their weight is 0"
+                )
+        assert self._learning is not None
+        numbers = {}
+        for name in self._learnable:
+            x = captured.get(name, self._given.get(name))
+            if x is not None and not isinstance(x, Tensor):
+                x = torch.tensor(check_scalar(self.program.name, self.program.scalar(name), x), device=q.device)
+            if x is not None:
+                numbers[name] = x
+        return self._learning, {**captured, **numbers}
 
     @opaque
     def _eager_call(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None, captured: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         bound = self._binder.bind(q, k, v, captured, self._defaults, scale)
-        return dispatch.attend(self._call(bound), dispatch.check_backend(backend) or self.backend)
+        return dispatch.run(self._call(bound), dispatch.check_backend(backend) or self.backend)
 
     def _captured_call(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, captured: dict[str, Any]
@@ -224,8 +277,17 @@ class Attention:
         storage = {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
         return source(self.program, target, head_dim, head_dim if value_dim is None else value_dim, dtype, storage)
 
-    def explain(self, q_len: int, kv_len: int, *, B: int = 1, H: int = 1, **captured: Any) -> Any:
-        """Return a printable report: why tiles are empty, full or partial at these lengths.
+    def explain(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        B: int = 1,
+        H: int = 1,
+        tile: tuple[int, int] = (128, 128),
+        **captured: Any,
+    ) -> Report:
+        """Return a printable report: why tiles are empty, full or partial at these lengths, and what would help.
 
         Raises:
             UsageError: a negative length, or a captured tensor or parameter that does not fit.
@@ -234,7 +296,7 @@ class Attention:
 
         sizes = {"B": B, "H": H, "Hkv": H, "Lq": q_len, "Lk": kv_len}
         sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
-        return explain(self.program, sizes, params, tensors)
+        return explain(self.program, sizes, params, tensors, tile)
 
     def __repr__(self) -> str:
         where = f", backend={self.backend!r}" if self.backend else ""
@@ -248,19 +310,32 @@ def reference(
     v: Tensor,
     *,
     return_lse: bool = False,
+    return_aux: bool = False,
     scale: float | None = None,
     **captured: Any,
 ) -> Any:
-    """Return what the program means, evaluated densely in float64: o [B, H, Lq, Dv] or (o, lse).
+    """Return what the program means, evaluated densely in float64, in the arrangement of a call.
 
     Memory is O(B H Lq Lk). Raises what a call of the compiled program raises.
     """
     attention = program if isinstance(program, Attention) else Attention(program)
     bound = attention._binder.bind(q, k, v, captured, attention._defaults, scale)
-    o, lse = reference_attention(
+    made = evaluate_dense(
         attention.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale
     )
-    return (o, lse) if return_lse else o
+    return _arrange(attention.program.name, made, return_lse, return_aux)
+
+
+def _arrange(program: str, made: dict[str, Tensor], return_lse: bool, return_aux: bool) -> Any:
+    """The results of a call in the form it was asked for."""
+    if "o" not in made:
+        return made
+    if return_lse and "lse" not in made:
+        raise UsageError(f"{program} has no lse: declare it as an output, or leave return_lse out")
+    found: list[Any] = [made["o"], made["lse"]] if return_lse else [made["o"]]
+    if return_aux:
+        found.append({name: t for name, t in made.items() if name not in OUTPUT_NAMES})
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def _unpack(program: Program | Traced) -> tuple[Program, Mapping[str, Any]]:
@@ -276,8 +351,6 @@ def _unpack(program: Program | Traced) -> tuple[Program, Mapping[str, Any]]:
 
 
 def _checked_static(program: Program, static: Mapping[str, Any]) -> dict[str, Scalar]:
-    from attnlang.runtime.bind import check_scalar, suggest
-
     known = {p.name: p for p in program.scalars}
     for name in static:
         if name not in known:

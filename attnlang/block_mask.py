@@ -11,20 +11,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from attnlang.ir import UsageError
+from attnlang.sparsity import EMPTY, RunMap
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockMask", "Blocks", "kinds_from_lists", "noop_mask", "sliced_mask_error"]
+from .block_lists import Blocks, RunBlocks, kinds_from_lists
+
+__all__ = ["BlockMask", "noop_mask", "sliced_mask_error"]
 
 Tensor = torch.Tensor
 MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
 DEFAULT_BLOCK = 128
 
 
@@ -43,80 +44,6 @@ def sliced_mask_error(batch: Tensor, head: Tensor, token_q: Tensor, token_kv: Te
         "Cannot use mask_mod from a sliced BlockMask: slicing forgets which rows were kept. Assign the sliced mask a "
         "mask_mod made from the original one, for example sliced.mask_mod = shifted(original.mask_mod)."
     )
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Block lists in FlexAttention's layout, int32.
-
-    ``kv_num_blocks`` [B, H, rows] counts the partial blocks of each row of blocks and ``kv_indices`` [B, H, rows, cols]
-    names them first; ``full_*`` does the same for full blocks, ``q_*`` for the transpose.
-    """
-
-    kv_num_blocks: Tensor
-    kv_indices: Tensor
-    full_kv_num_blocks: Tensor | None = None
-    full_kv_indices: Tensor | None = None
-    q_num_blocks: Tensor | None = None
-    q_indices: Tensor | None = None
-    full_q_num_blocks: Tensor | None = None
-    full_q_indices: Tensor | None = None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (
-            self.kv_num_blocks,
-            self.kv_indices,
-            self.full_kv_num_blocks,
-            self.full_kv_indices,
-            self.q_num_blocks,
-            self.q_indices,
-            self.full_q_num_blocks,
-            self.full_q_indices,
-        )
-
-    def with_queries(self) -> Blocks:
-        """Add the transposed lists."""
-        q_num, q_idx = _transposed(self.kv_num_blocks, self.kv_indices)
-        full: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.full_kv_num_blocks is not None and self.full_kv_indices is not None:
-            full = _transposed(self.full_kv_num_blocks, self.full_kv_indices)
-        return replace(self, q_num_blocks=q_num, q_indices=q_idx, full_q_num_blocks=full[0], full_q_indices=full[1])
-
-    @staticmethod
-    def from_kinds(kinds: Tensor, separate_full: bool = True) -> Blocks:
-        """Build all lists from kinds [B, H, rows, cols]."""
-        if not separate_full:
-            return Blocks(*_lists(kinds != EMPTY)).with_queries()
-        return Blocks(*_lists(kinds == PARTIAL), *_lists(kinds == FULL)).with_queries()
-
-
-def _lists(present: Tensor) -> tuple[Tensor, Tensor]:
-    present = present.to(torch.int32)
-    order = torch.argsort(present, dim=-1, descending=True, stable=True)
-    return present.sum(-1).to(torch.int32), order.to(torch.int32)
-
-
-def _present(num_blocks: Tensor, indices: Tensor, columns: int | None = None) -> Tensor:
-    """bool [..., rows, columns]: which blocks the lists name."""
-    columns = indices.shape[-1] if columns is None else columns
-    listed = torch.arange(indices.shape[-1], device=indices.device) < num_blocks[..., None]
-    target = torch.where(listed, indices, columns).long().clamp(0, columns)  # one spare column for what is not listed
-    out = torch.zeros((*indices.shape[:-1], columns + 1), dtype=torch.bool, device=indices.device)
-    return out.scatter_(-1, target, torch.ones_like(listed))[..., :columns]
-
-
-def _transposed(num_blocks: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    return _lists(_present(num_blocks, indices).transpose(-1, -2))
-
-
-def kinds_from_lists(blocks: Any) -> Tensor:
-    """Return kinds int8 [..., rows, cols] of anything with FlexAttention's block lists."""
-    partial = _present(blocks.kv_num_blocks, blocks.kv_indices)
-    kinds = partial.to(torch.int8) * PARTIAL
-    if blocks.full_kv_num_blocks is not None:
-        full = _present(blocks.full_kv_num_blocks, blocks.full_kv_indices, kinds.shape[-1])
-        kinds = torch.where(full, FULL, kinds)
-    return kinds
 
 
 class BlockMask:
@@ -157,8 +84,9 @@ class BlockMask:
         self._batch_shape = tuple(kv_indices.shape[:-2])
         self._device: torch.device | None = kv_indices.device
         self._mask_mod = mask_mod
-        self._make: Callable[[], Blocks] | None = None
-        self._blocks: Blocks | None = Blocks(
+        self._make: Callable[[], Blocks | RunBlocks] | None = None
+        self._prove: Callable[[], RunMap] | None = None
+        self._blocks: Blocks | RunBlocks | None = Blocks(
             kv_num_blocks,
             kv_indices,
             full_kv_num_blocks,
@@ -181,14 +109,18 @@ class BlockMask:
         seq_lengths: tuple[int, int],
         block_size: tuple[int, int],
         device: torch.device | None,
-        make: Callable[[], Blocks],
+        make: Callable[[], Blocks | RunBlocks],
+        prove: Callable[[], RunMap] | None = None,
     ) -> BlockMask:
-        """Return a mask that is ``mask_mod``; ``make`` computes the block lists when they are read."""
+        """Return a mask that is ``mask_mod``; ``make`` computes the block lists when they are read.
+
+        ``prove`` gives the run map of the function, with no more looked at than a kernel needs.
+        """
         self = cls.__new__(cls)
         self.seq_lengths, self.BLOCK_SIZE = seq_lengths, block_size
         self.structured = False
         self._batch_shape, self._device = batch_shape, device
-        self._mask_mod, self._make, self._blocks, self._kinds = mask_mod, make, None, None
+        self._mask_mod, self._make, self._prove, self._blocks, self._kinds = mask_mod, make, prove, None, None
         self.dq_write_order = self.dq_write_order_full = self.dq_kv_order = None
         self.dq_kv_order_spt = None
         return self
@@ -230,28 +162,37 @@ class BlockMask:
             dq_kv_order=dq_kv_order if isinstance(dq_kv_order, Tensor) else None,
             dq_kv_order_spt=dq_kv_order if isinstance(dq_kv_order, bool) else None,
         )
-        if compute_q_blocks:
-            out._blocks = out.blocks.with_queries()
+        if compute_q_blocks and isinstance(out._blocks, Blocks):
+            out._blocks = out._blocks.with_queries()
         return out
 
     # --- the block lists
 
     @property
-    def blocks(self) -> Blocks:
-        """All block lists; computed now if nobody has read them yet."""
+    def blocks(self) -> Blocks | RunBlocks:
+        """All block lists; those of a mask function are made one by one as they are read."""
         if self._blocks is None:
             assert self._make is not None
-            self._blocks = self._make()
-            if self._device is not None:
-                moved = (None if t is None else t.to(self._device) for t in self._blocks.tensors())
-                self._blocks = Blocks(*moved)  # type: ignore[arg-type]
+            made = self._make()
+            self._blocks = made if self._device is None else made.to(self._device)
         return self._blocks
 
     def kinds(self) -> Tensor:
         """Kinds of blocks (EMPTY, PARTIAL, FULL), int8 [B, H, rows, cols]."""
         if self._kinds is None:
-            self._kinds = kinds_from_lists(self)
+            blocks = self.blocks
+            self._kinds = blocks.kinds() if isinstance(blocks, RunBlocks) else kinds_from_lists(blocks)
         return self._kinds
+
+    def run_map(self) -> RunMap:
+        """The tiles of the mask as runs, of the batch and the heads it depends on; no block list is made.
+
+        What is proved about a mask function, as kernels use it: a tile may count as partial that is not.
+        """
+        if self._prove is not None and not self.structured:
+            return self._prove()
+        kinds = self.kinds()
+        return RunMap.from_tiles(kinds.numpy(force=True), self.BLOCK_SIZE, self.seq_lengths)
 
     kv_num_blocks = property(lambda self: self.blocks.kv_num_blocks)
     kv_indices = property(lambda self: self.blocks.kv_indices)
@@ -294,9 +235,7 @@ class BlockMask:
         total = self.numel()
         if not total:
             return 0.0
-        blocks = int(self.kv_num_blocks.sum())
-        if self.full_kv_num_blocks is not None:
-            blocks += int(self.full_kv_num_blocks.sum())
+        blocks = self.blocks.computed()
         return 100 * (1 - blocks * self.BLOCK_SIZE[0] * self.BLOCK_SIZE[1] / total)
 
     def to_dense(self) -> Tensor:
@@ -305,22 +244,34 @@ class BlockMask:
 
     def to_string(self, grid_size: int | tuple[int, int] = (20, 20), limit: int = 4) -> str:
         """Draw the blocks of up to ``limit`` (batch, head) pairs; ``grid_size`` -1 draws every block."""
-        dense = self.to_dense()
-        *batch_shape, rows, cols = dense.shape
+        rows, cols = (-(-n // size) for n, size in zip(self.seq_lengths, self.BLOCK_SIZE, strict=True))
         if isinstance(grid_size, int):
             high, wide = (rows, cols) if grid_size == -1 else (grid_size, grid_size)
         else:
             high, wide = grid_size
         step_q, step_k = max(1, -(-rows // max(1, high))), max(1, -(-cols // max(1, wide)))
         pictures = []
-        for n, index in enumerate(itertools.product(*map(range, batch_shape))):
+        for n, index in enumerate(itertools.product(*map(range, self._batch_shape))):
             if n == limit:
                 more = "To print out more, set BlockMask.to_string(limit=N)"
                 which = "You can also index (BlockMask[batch, head]) to choose a specific batch or head"
                 pictures += ["...", more, which]
                 break
-            pictures.append(f"{index}\n" + _draw(dense[index], step_q, step_k))
+            pictures.append(f"{index}\n" + _draw(self._coverage(index, step_q, step_k)))
         return "\n".join(pictures)
+
+    def _coverage(self, index: tuple[int, ...], step_q: int, step_k: int) -> np.ndarray:
+        """Share of blocks that are not skipped in each cell of ``step_q`` x ``step_k`` blocks, float64."""
+        blocks = self.blocks
+        if isinstance(blocks, RunBlocks):
+            return blocks.coverage(index, step_q, step_k)
+        dense = self.to_dense()[index].numpy(force=True).astype(np.float64)
+        rows, cols = (np.arange(0, n, step) for n, step in zip(dense.shape, (step_q, step_k), strict=True))
+        if not dense.size:
+            return np.zeros((len(rows), len(cols)))
+        total = np.add.reduceat(np.add.reduceat(dense, rows, axis=0), cols, axis=1)
+        area = np.diff(rows, append=dense.shape[0])[:, None] * np.diff(cols, append=dense.shape[1])
+        return np.asarray(total / area)
 
     def __str__(self) -> str:
         return f"BlockMask(shape={self.shape}, sparsity={self.sparsity():.2f}%, \n{self.to_string().strip()}\n)"
@@ -340,7 +291,9 @@ class BlockMask:
             (slice(i + n, i + n + 1) if -n <= i < 0 else slice(i, i + 1)) if isinstance(i, int) else i
             for i, n in zip(padded, self.kv_num_blocks.shape[:3], strict=True)
         )
-        kv_num, kv_idx, full_num, full_idx = (None if t is None else t[where] for t in self.blocks.tensors()[:4])
+        blocks = self.blocks
+        lists = blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices
+        kv_num, kv_idx, full_num, full_idx = (None if t is None else t[where] for t in lists)
         assert kv_num is not None and kv_idx is not None
         return BlockMask.from_kv_blocks(
             kv_num,
@@ -350,7 +303,7 @@ class BlockMask:
             BLOCK_SIZE=self.BLOCK_SIZE,
             mask_mod=sliced_mask_error,
             seq_lengths=self.seq_lengths,
-            compute_q_blocks=self.q_indices is not None,
+            compute_q_blocks=isinstance(blocks, RunBlocks) or blocks.q_indices is not None,
         )
 
     def _adjust(self, new_q_len: int, new_kv_len: int) -> BlockMask:
@@ -364,10 +317,16 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """Return the mask with its block lists on ``device``; tensors ``mask_mod`` closes over stay where they are."""
-        return self._like(self.seq_lengths, torch.device(device), lambda: self.blocks)
+        return self._like(self.seq_lengths, torch.device(device), lambda: self.blocks, self._prove)
 
-    def _like(self, lengths: tuple[int, int], device: torch.device | None, make: Callable[[], Blocks]) -> BlockMask:
-        out = BlockMask.lazy(self.mask_mod, self._batch_shape, lengths, self.BLOCK_SIZE, device, make)
+    def _like(
+        self,
+        lengths: tuple[int, int],
+        device: torch.device | None,
+        make: Callable[[], Blocks | RunBlocks],
+        prove: Callable[[], RunMap] | None = None,
+    ) -> BlockMask:
+        out = BlockMask.lazy(self.mask_mod, self._batch_shape, lengths, self.BLOCK_SIZE, device, make, prove)
         out.structured = self.structured
         return out
 
@@ -383,10 +342,6 @@ def _check_rank(kv_indices: Tensor) -> None:
         raise BlockMaskError("BlockMask must have at least 2 dimensions")
 
 
-def _draw(dense: Tensor, step_q: int, step_k: int) -> str:
-    cells = dense.float().numpy(force=True)
-    lines = []
-    for r in range(0, cells.shape[0], step_q):
-        means = [np.mean(cells[r : r + step_q, c : c + step_k]) for c in range(0, cells.shape[1], step_k)]
-        lines.append("".join(("█" if m == 1 else " " if m == 0 else "░") * 2 for m in means) + "\n")
-    return "".join(lines)
+def _draw(coverage: np.ndarray) -> str:
+    lines = ["".join(("█" if m == 1 else " " if m == 0 else "░") * 2 for m in row) for row in coverage.tolist()]
+    return "".join(line + "\n" for line in lines)

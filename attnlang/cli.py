@@ -132,6 +132,9 @@ def show(
     heads: Heads = 8,
     at: Annotated[str, typer.Option("--at", metavar="B,H", help="The batch element and the head to draw.")] = "0,0",
     png: Annotated[Path | None, typer.Option("--png", metavar="OUT", help="Write a picture, too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT", help="Write a web page to zoom and move about in, too.")
+    ] = None,
     tensors: TensorFile = None,
     seed: Seed = 0,
 ) -> None:
@@ -140,19 +143,25 @@ def show(
     Example: [cyan]attnlang show causal[/]
 
     Example: [cyan]attnlang show sliding_window --set window=512 --len 4096 --tile 128x128 --png mask.png[/]
+
+    Example: [cyan]attnlang show causal_document --len 1048576 --html mask.html[/]
     """
     from .cli_inputs import parse_tile
     from .cli_work import draw
 
     shape = {"B": batch, "H": heads, "Hkv": heads, "Lq": _or(q_len, length), "Lk": _or(kv_len, length)}
     sides = parse_tile(tile) if tile else None
-    picture, notes = draw(source, shape, settings or [], sides, _pair(at, batch, heads), tensors, seed)
-    for line in notes:
+    drawing = draw(source, shape, settings or [], sides, _pair(at, batch, heads), tensors, seed)
+    for line in drawing.notes:
         note(f"made up: {line}")
+    picture = drawing.picture()
     print(picture.text(columns=_columns(), style=_glyphs()))
     if png is not None:
         picture.png(png)
         note(f"wrote {png}")
+    if html is not None:
+        size = drawing.page(html)
+        note(f"wrote {html} ({size / 1024:.0f} KiB)")
 
 
 def _or(value: int | None, otherwise: int) -> int:
@@ -299,22 +308,29 @@ def explain(
     length: Len = 4096,
     q_len: QLen = None,
     kv_len: KvLen = None,
+    tile: Annotated[str, typer.Option("--tile", "-t", metavar="QxK", help="Tile of the kernel.")] = "128x128",
     batch: Batch = 1,
     heads: Heads = 8,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     tensors: TensorFile = None,
     seed: Seed = 0,
 ) -> None:
     """Say why tiles are empty, partial or full, and what would make the mask sparser.
 
     Example: [cyan]attnlang explain sliding_window --set window=500[/]
+
+    Example: [cyan]attnlang explain neighborhood_2d --len 16384 --tile 64x64 --json[/]
     """
-    from .cli_work import explain_text
+    from json import dumps
+
+    from .cli_inputs import parse_tile
+    from .cli_work import explain_report
 
     shape = {"B": batch, "H": heads, "Hkv": heads, "Lq": _or(q_len, length), "Lk": _or(kv_len, length)}
-    text, notes = explain_text(source, shape, settings or [], tensors, seed)
+    report, notes = explain_report(source, shape, settings or [], parse_tile(tile), tensors, seed)
     for line in notes:
         note(f"made up: {line}")
-    print(text)
+    print(dumps(report.to_dict(), indent=2) if json else report)
 
 
 @app.command("list")

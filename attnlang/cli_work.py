@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from .api import Attention
 from .cli_inputs import fit_settings, load_program, load_tensors, parse_dtype, parse_settings, parse_storage
 from .made import make_values
 from .show import TilePicture, picture_of, write_atomically
+from .show_html import write_page
+from .sparsity import Report, RunMap
 
-__all__ = ["Job", "Shape", "compile_to", "draw", "explain_text", "prepare"]
+__all__ = ["Drawing", "Job", "Shape", "compile_to", "draw", "explain_report", "prepare"]
 
 Tensor = torch.Tensor
 SIDE = 32
 """Tiles a side of a picture whose tile was not given."""
+KERNEL = 128
+"""Largest side of the tiles of a page whose tile was not given: that of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,34 @@ def _given(path: str | None, program: Program) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A mask ready to be drawn. ``notes`` say what was made up for it."""
+
+    title: str
+    notes: tuple[str, ...]
+    lengths: tuple[int, int]
+    tile: tuple[int, int] | None
+    at: tuple[int, int]
+    run_map: Callable[[tuple[int, int]], RunMap]
+
+    def picture(self) -> TilePicture:
+        """The tiles as a grid; by default about 32 a side."""
+        tile = self.tile or (_side(self.lengths[0]), _side(self.lengths[1]))
+        runs = self.run_map(tile)
+        return picture_of(runs, self._title(runs), batch=self.at[0], head=self.at[1])
+
+    def page(self, path: Path) -> int:
+        """Write the tiles as a web page, by default the tiles of a kernel; return its size in bytes."""
+        tile = self.tile or (min(KERNEL, _side(self.lengths[0])), min(KERNEL, _side(self.lengths[1])))
+        runs = self.run_map(tile)
+        return write_page(path, runs, self._title(runs), batch=self.at[0], head=self.at[1])
+
+    def _title(self, runs: RunMap) -> str:
+        which = f", batch element {self.at[0]}, head {self.at[1]}"
+        return self.title + (which if runs.heads > 1 or runs.batch > 1 else "")
+
+
 def draw(
     source: str,
     sizes: Mapping[str, int],
@@ -86,19 +118,19 @@ def draw(
     at: tuple[int, int],
     tensor_file: str | None,
     seed: int,
-) -> tuple[TilePicture, tuple[str, ...]]:
-    """Return the picture of a program and what was made up for it."""
+) -> Drawing:
+    """Return the mask of a program, ready to be drawn."""
     program = load_program(source)
     given = {n: t for n, t in _given(tensor_file, program).items() if n not in "qkv"}
     values, notes = _values(program, sizes, settings, given, seed)
-    tile = tile or (_side(sizes["Lq"]), _side(sizes["Lk"]))
-    run_map = attnlang.compile(program).run_map(
-        sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"], Hkv=sizes["Hkv"], tile=tile, **values
-    )
-    title = _signature_of_call(program, values)
-    if run_map.heads > 1 or run_map.batch > 1:
-        title += f", batch element {at[0]}, head {at[1]}"
-    return picture_of(run_map, title, batch=at[0], head=at[1]), notes
+    attention = attnlang.compile(program)
+
+    def run_map(side: tuple[int, int]) -> RunMap:
+        return attention.run_map(
+            sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"], Hkv=sizes["Hkv"], tile=side, **values
+        )
+
+    return Drawing(_signature_of_call(program, values), notes, (sizes["Lq"], sizes["Lk"]), tile, at, run_map)
 
 
 def _side(length: int) -> int:
@@ -117,15 +149,20 @@ def _signature_of_call(program: Program, values: Mapping[str, Any]) -> str:
     return f"{program.name}({', '.join(shown)})" if shown else program.name
 
 
-def explain_text(
-    source: str, sizes: Mapping[str, int], settings: Iterable[str], tensor_file: str | None, seed: int
-) -> tuple[str, tuple[str, ...]]:
-    """Return the report of ``Attention.explain`` as text, and what was made up for it."""
+def explain_report(
+    source: str,
+    sizes: Mapping[str, int],
+    settings: Iterable[str],
+    tile: tuple[int, int],
+    tensor_file: str | None,
+    seed: int,
+) -> tuple[Report, tuple[str, ...]]:
+    """Return the report of ``Attention.explain``, and what was made up for it."""
     program = load_program(source)
     given = {n: t for n, t in _given(tensor_file, program).items() if n not in "qkv"}
     values, notes = _values(program, sizes, settings, given, seed)
-    report = attnlang.compile(program).explain(sizes["Lq"], sizes["Lk"], B=sizes["B"], H=sizes["H"], **values)
-    return str(report), notes
+    attention = attnlang.compile(program)
+    return attention.explain(sizes["Lq"], sizes["Lk"], B=sizes["B"], H=sizes["H"], tile=tile, **values), notes
 
 
 def prepare(

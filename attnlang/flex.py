@@ -22,11 +22,13 @@ from attnlang.ir.build import k as axis_k
 from attnlang.ir.build import q as axis_q
 from attnlang.runtime import dispatch, eager
 from attnlang.runtime.opaque import opaque
+from attnlang.sparsity import EMPTY, FULL, PARTIAL, RunMap
 from attnlang.tracing import trace
 
 from . import api
-from .block_kinds import exact_kinds
-from .block_mask import EMPTY, FULL, PARTIAL, BlockMask, Blocks, kinds_from_lists, noop_mask, sliced_mask_error
+from .block_kinds import exact_runs
+from .block_lists import RunBlocks, kinds_from_lists
+from .block_mask import BlockMask, noop_mask, sliced_mask_error
 
 __all__ = [
     "AuxOutput",
@@ -208,11 +210,14 @@ def create_block_mask(
     where = None if device is None else torch.device(device)
     program, values = _traced(mask_mod, None, where)
 
-    def make() -> Blocks:
-        kinds = exact_kinds(_attention(program), values, (batch, heads, Q_LEN, KV_LEN), size)
-        return Blocks.from_kinds(kinds, separate_full_blocks)
+    def make() -> RunBlocks:
+        runs = exact_runs(_attention(program), values, (batch, heads, Q_LEN, KV_LEN), size)
+        return RunBlocks(runs, (batch, heads), separate_full_blocks)
 
-    return BlockMask.lazy(mask_mod, (batch, heads), (Q_LEN, KV_LEN), size, where, make)
+    def prove() -> RunMap:
+        return _attention(program).run_map(batch, heads, Q_LEN, KV_LEN, tile=size, **values)
+
+    return BlockMask.lazy(mask_mod, (batch, heads), (Q_LEN, KV_LEN), size, where, make, prove)
 
 
 @opaque

@@ -1,6 +1,7 @@
-"""Rewrites the tables of README.md from benchmarks/results/*.json, between its ``<!-- results -->`` marks.
+"""Rewrites the tables of README.md and of docs/sparsity.md from benchmarks/results/*.json, between their
+``<!-- results -->`` marks.
 
-A benchmark without an entry in ``TABLES`` is shown as it is, one column a field.
+A benchmark without an entry in ``TABLES`` is shown in README.md as it is, one column a field.
 """
 
 from __future__ import annotations
@@ -54,12 +55,17 @@ def plain(rows: Rows) -> list[str]:
     return table([k.replace("_", " ") for k in keys], [[number(row.get(k, "")) for k in keys] for row in rows])
 
 
+def _cost(row: dict[str, Any] | None) -> tuple[str, str]:
+    return (f"{row['ms']:.1f}", f"{row['mib']:.1f}") if row else ("-", "-")
+
+
 def sparsity(rows: Rows) -> list[str]:
     """What finding the block structure costs: at a million tokens, and beside PyTorch's create_block_mask."""
-    large = [r for r in rows if r["table"] == "million"]
+    large = [r for r in rows if r["table"] == "million" and r["implementation"] == "attnlang"]
+    asked = {r["case"]: r for r in rows if r["table"] == "million" and r["implementation"] == "drop-in"}
     lines = table(
-        ["mask, 1,048,576 tokens", "ms", "peak MiB", "runs"],
-        [[r["case"], f"{r['ms']:.1f}", f"{r['mib']:.1f}", f"{r['runs']:,}"] for r in large],
+        ["mask, 1,048,576 tokens", "program, ms", "peak MiB", "`attnlang.create_block_mask`, ms", "peak MiB", "runs"],
+        [[r["case"], *_cost(r), *_cost(asked.get(r["case"])), f"{r['runs']:,}"] for r in large],
     )
     beside = [r for r in rows if r["table"] == "peers"]
     names = list(dict.fromkeys(r["implementation"] for r in beside))
@@ -69,6 +75,37 @@ def sparsity(rows: Rows) -> list[str]:
         shown = [f"{found[n]['ms']:.1f} ms, {found[n]['mib']:.0f} MiB" if n in found else "-" for n in names]
         cells.append([f"{case}, {length:,} tokens", *shown])
     return [*lines, "", *table(["mask", *(f"`{n}`" for n in names)], cells)] if beside else lines
+
+
+def precision(rows: Rows) -> list[str]:
+    """What share of the truly empty and full tiles is proved, over the whole library, by the side of a tile."""
+    cells = []
+    for side in dict.fromkeys(r["tile"] for r in rows):
+        found = [r for r in rows if r["tile"] == side]
+        true, proved = sum(r["empty"] + r["full"] for r in found), sum(r["proved"] for r in found)
+        cells.append([f"{side}", f"{len(found)}", f"{true:,}", f"{proved:,}", f"{min(r['share'] for r in found):.2%}"])
+    return table(["side of a tile", "programs", "empty or full tiles", "proved", "least share of a program"], cells)
+
+
+def library_maps(rows: Rows) -> list[str]:
+    """Every library program at a million tokens: what its map costs and how large it is."""
+    cells = [
+        [
+            f"`{r['case']}`",
+            f"{r['length']:,}",
+            *_cost(r),
+            f"{r['runs']:,}",
+            _share(r["partial"], r),
+            _share(r["full"], r),
+        ]
+        for r in rows
+        if r["table"] == "library"
+    ]
+    return table(["program", "tokens", "ms", "peak MiB", "runs", "partial tiles", "full tiles"], cells)
+
+
+def _share(count: int, row: dict[str, Any]) -> str:
+    return f"{count / max(1, row['empty'] + row['partial'] + row['full']):.2%}"
 
 
 def training(rows: Rows) -> list[str]:
@@ -84,7 +121,14 @@ def training(rows: Rows) -> list[str]:
         if r["table"] == "captured"
     ]
     head = table(["forward and backward, ms", "`attnlang`", "peer"], steps)
-    return [*head, "", *table(["backward, ms", "without its gradient", "with it"], added)]
+    needed = [
+        [r["case"].removeprefix("N = "), f"{r['peak_mib']:.0f}", f"{r['one_set_mib']:.0f}"]
+        for r in rows
+        if r["table"] == "memory"
+    ]
+    parts = [head, table(["backward, ms", "without its gradient", "with it"], added)]
+    parts.append(table(["tokens, H = 1, D = 64", "peak of a step, MiB", "q, k, v and o alone, MiB"], needed))
+    return [line for part in parts for line in (*part, "")][:-1]
 
 
 def memory(rows: Rows) -> list[str]:
@@ -94,15 +138,19 @@ def memory(rows: Rows) -> list[str]:
 
 
 def resources(rows: Rows) -> list[str]:
-    """What the GPU kernels of the library need, at most, for each target and head dimension."""
+    """What the GPU kernels of the library need, at most, for each target and head dimension.
+
+    Every line is out of the kernels of all programs that any line has, so a line that is not complete shows it.
+    """
     lines = []
-    for target, dim in dict.fromkeys((r["target"], r["head_dim"]) for r in rows):
-        found = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim)]
-        built = [r for r in found if "error" not in r]
+    kernels = len({(r["program"], r.get("kernel")) for r in rows})
+    places = {(r["target"], r["head_dim"]) for r in rows}
+    for target, dim in sorted(places, key=lambda place: (place[0].partition(":")[0], len(place[0]), place)):
+        built = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim) and "error" not in r]
         spill = sum(1 for r in built if r["spill_bytes"])
         most = [str(max((r[k] for r in built), default=0)) for k in ("registers", "spill_bytes", "shared_bytes")]
-        lines.append([f"{target}, D = {dim}", f"{len(built)} of {len(found)}", most[0], str(spill), *most[1:]])
-    return table(["target", "compile", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
+        lines.append([f"{target}, D = {dim}", f"{len(built)} of {kernels}", most[0], str(spill), *most[1:]])
+    return table(["target", "compiled", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
@@ -112,23 +160,34 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "gpu": ("Forward on a GPU: milliseconds a call", comparison),
     "first_call": ("The first call of a new process", plain),
     "sparsity": ("Finding the block structure of a mask", sparsity),
+    "sparsity_precision": (
+        "Share of the truly empty and full tiles that is proved, all library programs at 2048",
+        precision,
+    ),
     "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", memory),
-    "gpu_resources": (
-        "Kernels of library programs compiled for GPUs that need not be here, so far",
+    "gpu_resources": ("Kernels of library programs compiled for GPUs that need not be here", resources),
+    "gpu_backward_resources": (
+        "The two backward kernels of each of them, with gradients of captured tensors",
         resources,
     ),
 }
 
 
-def section(path: Path) -> list[str]:
+DETAILS: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+    "sparsity": ("The maps of all library programs in tiles of 128", library_maps),
+}
+"""Tables of docs/sparsity.md, too long for README.md."""
+
+
+def section(path: Path, tables: dict[str, tuple[str, Callable[[Rows], list[str]]]]) -> list[str]:
     """The lines of one results file, none if there is nothing to show."""
     content = json.loads(path.read_text(encoding="utf-8"))
     rows, where = (content, "") if isinstance(content, list) else (content.get("rows") or [], content.get("machine"))
-    if not rows or (path.stem not in TABLES and len(rows) > LONGEST):
+    if not rows or (path.stem not in tables and (tables is DETAILS or len(rows) > LONGEST)):
         return []
     if isinstance(where, dict):
         where = ", ".join(f"{name} {value}" for name, value in where.items())
-    title, render = TABLES.get(path.stem, (path.stem.replace("_", " "), plain))
+    title, render = tables.get(path.stem, (path.stem.replace("_", " "), plain))
     place = f" on: {where}" if where else ""
     command = content.get("command") if isinstance(content, dict) else None
     return [
@@ -141,20 +200,26 @@ def section(path: Path) -> list[str]:
     ]
 
 
-def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+def rewrite(page: Path, tables: dict[str, tuple[str, Callable[[Rows], list[str]]]]) -> bool:
+    """Put the tables between the marks of a page; False where it has none."""
+    text = page.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
-        print("README.md has no marked section for results", file=sys.stderr)
-        return 1
-    order = {name: i for i, name in enumerate(TABLES)}
+        print(f"{page.name} has no marked section for results", file=sys.stderr)
+        return False
+    order = {name: i for i, name in enumerate(tables)}
     paths = sorted(RESULTS.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
-    lines = [line for path in paths for line in section(path)] or ["No results yet: `make bench` measures.", ""]
+    sections = [lines for path in paths if (lines := section(path, tables))]
+    lines = [line for lines in sections for line in lines] or ["No results yet: `make bench` measures.", ""]
     head, rest = text.split(BEGIN, 1)
     _, tail = rest.split(END, 1)
-    readme.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{tail}", encoding="utf-8")
-    print(f"wrote the results of {len(paths)} benchmark(s) into {readme.name}")
-    return 0
+    page.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{tail}", encoding="utf-8")
+    print(f"wrote the results of {len(sections)} benchmark(s) into {page.name}")
+    return True
+
+
+def main() -> int:
+    done = [rewrite(ROOT / "README.md", TABLES), rewrite(ROOT / "docs" / "sparsity.md", DETAILS)]
+    return 0 if all(done) else 1
 
 
 if __name__ == "__main__":

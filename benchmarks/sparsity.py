@@ -1,9 +1,10 @@
 """Time and memory of proving a mask's block structure: a million tokens, every library program, and PyTorch's way.
 
-Four tables: eleven masks at 1,048,576 tokens in tiles of 128; what share of the truly empty and full tiles of every
-library program is proved at 2048; time and memory of every program at a million tokens (8192 where a captured table of
-its own is quadratic); and ``create_block_mask``, eager and compiled, in the same run at 4k, 16k and 32k. ``--quick``
-leaves out the peers at 32k and saves nothing.
+Four tables: eleven masks at 1,048,576 tokens in tiles of 128, analysed as programs and asked for through the drop-in
+``create_block_mask``, from the function to the finished map with nothing remembered; what share of the truly empty and
+full tiles of every library program is proved at 2048; time and memory of every program at a million tokens (8192 where
+a captured table of its own is quadratic); and PyTorch's ``create_block_mask``, eager and compiled, in the same run at
+4k, 16k and 32k. ``--quick`` leaves out the peers at 32k and saves nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from typing import Any
 
 import torch
 from common import save
+from mods import mods
 from torch.nn.attention import flex_attention
 
 import attnlang as al
+from attnlang import flex
 from attnlang.ir import BUILTIN_SIZES, Program, Size, dense_mask
 from attnlang.made import make_values
 from attnlang.measure import interleaved, peak_memory
+from attnlang.runtime.runs import run_maps
 from attnlang.sparsity import RunMap, analyse
 
 CPU = torch.device("cpu")
@@ -92,17 +96,20 @@ def problem(program: Program, length: int, values: Mapping[str, Any]) -> Problem
     return Problem(program, sizes, {s.name: known.get(s.name, s.default) for s in program.scalars}, tensors)
 
 
-def million() -> list[tuple[str, Problem]]:
+def million() -> list[tuple[str, Problem, Callable[..., Any]]]:
+    """The masks of the table, each as a program with its values and as a function for FlexAttention."""
     flags = torch.zeros(MILLION, dtype=torch.bool)
     flags[torch.randperm(MILLION, generator=torch.Generator().manual_seed(1))[:64]] = True
     first = torch.zeros(MILLION, dtype=torch.bool)
     first[:64] = True
+    doc = documents(MILLION, 1000)
+    functions = mods(doc[0], first, flags)
     library = al.library
     cases: list[tuple[str, Program, dict[str, Any]]] = [
         ("causal", library.causal, {}),
         ("causal window 4096", library.causal_sliding_window, {"window": 4096}),
-        ("1000 documents", library.document, {"doc": documents(MILLION, 1000)}),
-        ("1000 causal documents", library.causal_document, {"doc": documents(MILLION, 1000)}),
+        ("1000 documents", library.document, {"doc": doc}),
+        ("1000 causal documents", library.causal_document, {"doc": doc}),
         ("prefix LM", library.prefix_lm, {"prefix": torch.tensor([5000])}),
         ("Longformer, 64 first tokens", library.longformer, {"globals": first}),
         ("Longformer, 64 scattered tokens", library.longformer, {"globals": flags}),
@@ -111,21 +118,28 @@ def million() -> list[tuple[str, Problem]]:
         ("2-D neighbourhood 1024x1024", library.neighborhood_2d, {"height": 1024, "width": 1024}),
         ("3-D neighbourhood 64x128x128", library.neighborhood_3d, {"frames": 64, "height": 128, "width": 128}),
     ]
-    return [(name, problem(program, MILLION, values)) for name, program, values in cases]
+    return [(name, problem(program, MILLION, values), functions[name]) for name, program, values in cases]
 
 
-def measure(table: str, name: str, given: Problem, rounds: int = 5) -> Row:
+def drop_in(mod: Callable[..., Any], length: int) -> RunMap:
+    """The map of a mask function through ``create_block_mask``, as if this process had never seen it."""
+    run_maps.clear()
+    flex._attention.cache_clear()
+    return al.create_block_mask(mod, None, None, length, length, BLOCK_SIZE=TILE).run_map()
+
+
+def measure(table: str, name: str, run: Callable[[], RunMap], by: str = "attnlang", rounds: int = 5) -> Row:
     """Median time over ``rounds`` and peak memory of one more."""
-    given.run()
+    run()
     times = []
     for _ in range(rounds):
         begin = time.perf_counter()
-        runs = given.run()
+        runs = run()
         times.append((time.perf_counter() - begin) * 1e3)
-    peak = peak_memory(given.run, CPU)
+    peak = peak_memory(run, CPU)
     empty, partial, full = runs.counts()
     return Row(
-        table, name, "attnlang", given.sizes["Lq"], statistics.median(times), peak.bytes / 2**20,
+        table, name, by, runs.sizes[0], statistics.median(times), peak.bytes / 2**20,
         empty, partial, full, len(runs.start), runs.memory_bytes / 1024,
     )  # fmt: skip
 
@@ -145,7 +159,7 @@ def library(length: int) -> list[Row]:
         axes = [sum(dim in (Size("Lq"), Size("Lk")) for dim in t.shape) for t in program.tensors]
         n = 8192 if any(count > 1 for count in axes) else length
         try:
-            row = measure("library", name, problem(program, n, {}), rounds=1)
+            row = measure("library", name, problem(program, n, {}).run, rounds=1)
         except (al.UsageError, MemoryError) as error:
             print(f"{name:<34}left out: {str(error).splitlines()[0][:80]}")
             continue
@@ -169,7 +183,7 @@ def peers(lengths: tuple[int, ...]) -> list[Row]:
 
         for name, mod in (("causal", causal), ("causal document", document)):
             calls: dict[str, Callable[[], Any]] = {
-                "attnlang": functools.partial(_ours, mod, length),
+                "attnlang": functools.partial(drop_in, mod, length),
                 "create_block_mask": functools.partial(
                     flex_attention.create_block_mask, mod, None, None, length, length, "cpu"
                 ),
@@ -223,20 +237,15 @@ def precision(length: int = 2048) -> list[dict[str, Any]]:
     return rows
 
 
-def _ours(mod: Callable[..., Any], length: int) -> RunMap:
-    """Trace and analyse from nothing; maps that a compiled program keeps would be found again in no time."""
-    attention = al.compile(al.program(mask=mod))
-    sizes = {"B": 1, "H": 1, "Hkv": 1, "Lq": length, "Lk": length}
-    sizes, params, tensors = attention._binder.bind_sizes(sizes, {}, attention._defaults)
-    return analyse(attention.program, sizes, params, tensors, (TILE, TILE))
-
-
 def main() -> None:
     quick = "--quick" in sys.argv
     rows = []
-    for name, given in million():
-        rows.append(measure("million", name, given))
+    for name, given, mod in million():
+        rows.append(measure("million", name, given.run))
         show(rows[-1])
+        rows.append(measure("million", name, functools.partial(drop_in, mod, MILLION), by="drop-in"))
+        show(rows[-1])
+        assert rows[-1].full == rows[-2].full and rows[-1].partial == rows[-2].partial, "the two masks differ"
     exact = precision()
     rows += library(MILLION)
     rows += peers((4096, 16384) if quick else (4096, 16384, 32768))

@@ -14,10 +14,11 @@ from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
 
 from .cpp_arguments import arguments
-from .cpp_printer import ELEMENTS, SCALARS, VECTORS, CppPrinter
+from .cpp_printer import ELEMENTS, VECTORS, CppPrinter, comment, declaration
 from .cpp_runs import bounds_text
+from .cpp_steps import epilogue, plain, state, step_text
 from .isa import COMMON_FLAGS, Isa
-from .plan import KernelPlan, Section, Value
+from .plan import KernelPlan, Section
 
 __all__ = ["ENTRY", "SPACE", "emit"]
 
@@ -82,11 +83,22 @@ def _environment() -> jinja2.Environment:
 
 def emit(plan: KernelPlan, isa: Isa) -> str:
     """Return the C++ source of the forward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
+    if isa.matrix and not plain(plan):
+        raise ValueError("kernels for a matrix unit know the two sums of softmax only")
     printer = CppPrinter(plan)
-    full = loop_text(printer, plan.full, plan.score, None)
-    partial = loop_text(printer, plan.partial, plan.score, plan.mask)
-    text = kernel_text(printer, isa)
-    return render("cpp_forward.j2", **text, arguments=arguments(plan, isa), full=full, partial=partial)
+    stream = plan.stream
+    assert stream is not None
+    pieces = {
+        "full": loop_text(printer, plan.full, plan.score, None),
+        "partial": loop_text(printer, plan.partial, plan.score, plan.mask),
+        "steps": [step_text(printer, step, i) for i, step in enumerate(plan.steps)],
+        "held": state(printer),
+        "epilogue": epilogue(printer),
+        "outputs": stream.outputs,
+        "sums": next((out.name for out in stream.outputs if out.rows is not None), ""),
+        "shares": [(out.column, out.name) for out in stream.outputs if out.column is not None],
+    }
+    return render("cpp_forward.j2", **kernel_text(printer, isa), **pieces, arguments=arguments(plan, isa))
 
 
 def render(template: str, **text: Any) -> str:
@@ -97,14 +109,15 @@ def render(template: str, **text: Any) -> str:
 def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
     """Return the text every kernel of a plan needs; call it last, when ``printer`` knows all the helpers."""
     plan = printer.plan
-    grid = [_declare(printer, v) for v in plan.grid]
+    grid = [declaration(printer, v) for v in plan.grid]
     row = [line for v in plan.row for line in (f"// {v.comment}", f"{v.name}[w] = {printer.value(v)};")]
+    found = [*plan.row, *(v for step in plan.steps for v in step.after if not isa.matrix)]
     addresses = {name: printer.text(getattr(plan, name), Level.GRID) for name in ("key_batch", "key_head")}
     bounds = bounds_text(printer, plan.run_bounds("k"))
     return {
         "header": _header(plan, isa),
         "bounds": bounds,
-        "bounds_lines": [_declare(printer, v) for v in bounds.values] if bounds else [],
+        "bounds_lines": [declaration(printer, v) for v in bounds.values] if bounds else [],
         "isa": isa,
         "head_dim": plan.head_dim,
         "value_dim": plan.value_dim,
@@ -113,11 +126,11 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
         "poly": _POLYNOMIALS,
         "grid": grid,
         "row": row,
-        "row_declarations": [f"{VECTORS[plan.width(v.expr)]} {v.name}[ROW_VECTORS];" for v in plan.row],
+        "row_declarations": [f"{VECTORS[plan.width(v.expr)]} {v.name}[ROW_VECTORS];" for v in found],
         "uses_query": _reads_query(plan),
         "query_type": VECTORS[Width.I32],
-        "fold": "(float)a.scale" if plan.score is not None else "(float)(a.scale * 1.4426950408889634)",
-        "unit": "LOG2_E" if plan.score is not None else "1.0f",
+        "fold": "(float)(a.scale * 1.4426950408889634)" if plan.binary else "(float)a.scale",
+        "unit": "1.0f" if plan.binary else "LOG2_E",
         "key_blocks": _block_sizes(isa.keys),
         **addresses,
     }
@@ -139,23 +152,12 @@ def _header(plan: KernelPlan, isa: Isa) -> str:
         *(r.needs for r in plan.runs if r.needs),
         f"Build: c++ {' '.join((*COMMON_FLAGS, *isa.flags))} FILE.cpp -o FILE.so",
     ]
-    return "\n".join(_comment(line) for line in lines)
-
-
-def _comment(text: str) -> str:
-    """``text`` as a line comment: a backslash at its end would swallow the next line."""
-    return f"// {text}".rstrip().rstrip("\\").rstrip()
-
-
-def _declare(printer: CppPrinter, value: Value) -> str:
-    kinds = SCALARS if value.level in (Level.GRID, Level.COL) else VECTORS
-    text = printer.value(value)
-    return f"const {kinds[printer.plan.width(value.expr)]} {value.name} = {text};  {_comment(value.comment)}"
+    return "\n".join(comment(f"// {line}") for line in lines)
 
 
 def loop_text(printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None) -> _Loop:
-    col = [_declare(printer, v) for v in section.col]
-    pair = [_declare(printer, v) for v in section.pair]
+    col = [declaration(printer, v) for v in section.col]
+    pair = [declaration(printer, v) for v in section.pair]
     roots = [e for e in (score, mask) if e is not None]
     texts = [printer.text(e, Level.PAIR) for e in roots]
     nodes = list(postorder(*roots))
@@ -179,4 +181,6 @@ def _is_axis(node: Expr, axis: str) -> bool:
 def _reads_query(plan: KernelPlan) -> bool:
     roots = [e for e in (plan.score, plan.mask, plan.dscore) if e is not None]
     roots += [e for g in plan.grads for e in (g.derivative, *g.load.indices)]
+    if plan.stream is not None:
+        roots += [a.value for a in plan.stream.accumulators] + [out.value for out in plan.stream.outputs]
     return any(_is_axis(n, "q") for n in postorder(*roots))

@@ -52,10 +52,24 @@ def _operand(name: str, const: str = "const void *") -> list[Field]:
     return [Field(name, const, ("pointer", name)), *strides]
 
 
+def _outputs(plan: KernelPlan) -> list[Field]:
+    """Pointers to what a forward kernel makes, or to what a backward kernel reads of it."""
+    if plan.stream is None:
+        return [Field("o", "void *", ("pointer", "o")), Field("lse", "float *", ("pointer", "lse"))]
+    fields = []
+    for out in plan.stream.outputs:
+        ctype = "void *" if out.rows is not None else "int64 *" if out.integer else "float *"
+        fields.append(Field(f"y_{out.name}", ctype, ("pointer", out.name)))
+    columns = [out.name for out in plan.stream.outputs if out.column is not None]
+    if columns:  # shares of the queries, each with a buffer of its own
+        fields.append(Field("shares", "int64", ("extent", columns[0], "0")))
+    return fields
+
+
 def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
     """Return the argument record of ``plan``, in the order of the record."""
     fields = [*_operand("q"), *_operand("k"), *_operand("v")]
-    fields += [Field("o", "void *", ("pointer", "o")), Field("lse", "float *", ("pointer", "lse"))]
+    fields += _outputs(plan)
     names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.sizes))
     fields += [Field(f"n_{name}", "int64", ("size", name)) for name in names]
     fields += [Field("k_batches", "int64", ("extent", "k", "0")), Field("scale", "double", ("scale",))]

@@ -1,8 +1,9 @@
 """The backward pass on the C++ target: one fused kernel for dq, dk, dv and the gradients of captured tensors.
 
-Query blocks are walked along the forward run map; weights are recomputed from the saved lse. All query blocks that add
-to one key head are worked on in a fixed order by one thread, or split into shares with buffers of their own, so
-gradients are the same bits whatever the number of threads.
+Query blocks are walked along the forward run map; weights are recomputed from the saved lse. The query blocks of a key
+head add to dk and dv in a fixed order, each waiting at a key until the one before is past it, so gradients are the same
+bits whatever the number of threads and need no buffer but their own. Only sums that meet in one element at pairs far
+from each other (a scatter) take turns by whole blocks, with a fixed number of buffers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ class _GradText:
     level: Level
     derivative: str
     offset: str
+    deposit: str = ""
+
+    @property
+    def is_tile(self) -> bool:
+        """Whether every pair has an element of its own, so that tiles of pairs are added at once."""
+        return bool(self.deposit)
 
     @property
     def lanes(self) -> bool:
@@ -48,9 +55,10 @@ class _GradText:
         place = {
             Level.GRID: "head * blocks + block",
             Level.ROW: "head * a.n_Lq",
-            Level.COL: "(split * a.n_B * a.n_H + head) * a.n_Lk",
+            Level.COL: "head * a.n_Lk",
             Level.PAIR: " + ".join(
-                f"{of} * a.{self.name}_{axis}" for of, axis in (("key_batch", "b"), ("key_head", "h"), ("split", "q"))
+                f"{of} * a.{self.name}_{axis}"
+                for of, axis in (("key_batch", "b"), ("key_head", "h"), ("at % a.shares", "q"))
             ),
         }
         return f"float *{self.name} = a.{self.name} + {place[self.level]};"
@@ -58,6 +66,8 @@ class _GradText:
     def update(self, masked: bool) -> str:
         value = f"dlogit * ({self.derivative})"
         value = f"(seen ? {value} : vfloat{{}})" if masked else value
+        if self.is_tile:
+            return f"{self.name}_tile[j * VECTORS + v] = {value};"
         if self.level is Level.PAIR:
             return f"scatter({self.name}, {self.offset}, {value});"
         return f"{self.name}_sum{'' if self.is_col else '[w]'} += {value};"
@@ -93,16 +103,28 @@ def private_axes(load: Load) -> frozenset[str]:
     return frozenset("bhq") - plain
 
 
+def own_elements(load: Load) -> tuple[int, int] | None:
+    """Return the dimensions that q and k index alone, where no other index of ``load`` depends on the pair."""
+    plain = {index.axis: n for n, index in enumerate(load.indices) if isinstance(index, Index)}
+    if not {"q", "k"} <= plain.keys():
+        return None
+    others = [index for n, index in enumerate(load.indices) if n not in (plain["q"], plain["k"])]
+    if any(isinstance(n, Index) and n.axis in "qk" for n in postorder(*others)):
+        return None
+    return plain["q"], plain["k"]
+
+
 def backward_arguments(plan: KernelPlan, isa: Isa) -> Arguments:
     """Return the argument record of the backward kernel: the forward record and what gradients need."""
     base = arguments(plan, isa)
     extra = [
         Field("dout", "const void *", ("pointer", "dout")),
-        Field("delta", "const float *", ("pointer", "delta")),
+        Field("dlse", "const float *", ("pointer", "dlse")),
         Field("dq", "void *", ("pointer", "dq")),
         Field("dk", "float *", ("pointer", "dk")),
         Field("dv", "float *", ("pointer", "dv")),
-        Field("splits", "int64", ("extent", "dk", "0")),
+        Field("turns", "void *", ("pointer", "turns")),
+        Field("shares", "int64", ("extent", "shares", "0")),
     ]
     for i, grad in enumerate(plan.grads):
         extra.append(Field(f"d{i}", "float *", ("pointer", f"d{i}")))
@@ -118,17 +140,36 @@ class _Printer(CppPrinter):
     def offset(self, load: Load, buffer: str) -> str:
         """Offsets of the element ``load`` reads, one a lane, in a buffer with strides of its own."""
         terms = []
-        for n, (index, (low, high)) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True)):
-            text = self._clamped(index, Level.PAIR, True, f"a.t_{load.tensor}_n{n}", low, high)
-            wide = text if self.plan.width(index) is Width.I64 else f"to<vint64>({text})"
+        for n, text in enumerate(self._places(load, Level.PAIR)):
+            wide = text if self.plan.width(load.indices[n]) is Width.I64 else f"to<vint64>({text})"
             terms.append(f"{wide} * a.{buffer}_s{n}")
         return " + ".join(terms)
 
+    def deposit(self, load: Load, buffer: str, axes: tuple[int, int]) -> str:
+        """Statement that adds a tile of pairs to the buffer; ``axes`` are the dimensions of queries and of keys."""
+        texts = self._places(load, Level.GRID)
+        base = "".join(f" + (int64){text} * a.{buffer}_s{n}" for n, text in enumerate(texts) if n not in axes)
+        places = ", ".join(f"a.{buffer}_s{n}, a.t_{load.tensor}_n{n}" for n in axes)
+        rows = "first + part * PART_ROWS, a.n_Lq, start, count"
+        return f"deposit({buffer}{base}, {places}, {rows}, (const float *){buffer}_tile);"
+
+    def _places(self, load: Load, level: Level) -> list[str]:
+        """The indices of ``load``, each clamped into its dimension."""
+        return [
+            ""
+            if level is Level.GRID and self.plan.level(index) is not Level.GRID
+            else self._clamped(index, level, level is Level.PAIR, f"a.t_{load.tensor}_n{n}", low, high)
+            for n, (index, (low, high)) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True))
+        ]
+
 
 def _grad(printer: _Printer, grad: CapturedGrad, number: int) -> _GradText:
-    name = f"d{number}"
-    offset = printer.offset(grad.load, name) if grad.level is Level.PAIR else ""
-    return _GradText(name, grad.level, printer.text(grad.derivative, Level.PAIR), offset)
+    name, offset, deposit = f"d{number}", "", ""
+    if grad.level is Level.PAIR:
+        axes = own_elements(grad.load)
+        offset = "" if axes else printer.offset(grad.load, name)
+        deposit = printer.deposit(grad.load, name, axes) if axes else ""
+    return _GradText(name, grad.level, printer.text(grad.derivative, Level.PAIR), offset, deposit)
 
 
 def _section(
@@ -158,5 +199,8 @@ def emit_backward(plan: KernelPlan, isa: Isa) -> str:
         full=full,
         partial=partial,
         grads=grads,
+        scatters=any(g.level is Level.PAIR for g in grads),
+        sums="",  # what blocks of the forward pass hold
+        held=(),
         entry=ENTRY,
     )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import struct
 
-from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size
+from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size, format_expr
 from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
-from attnlang.sparsity.closed_form import KEY_TILE
+from attnlang.sparsity.closed_form import KEY_TILE, RANGES
 
-from .plan import KernelPlan
+from .plan import KernelPlan, Value
 from .printer import Printer
 
-__all__ = ["ELEMENTS", "SCALARS", "VECTORS", "CppPrinter"]
+__all__ = ["ELEMENTS", "SCALARS", "VECTORS", "CppPrinter", "comment", "declaration"]
 
 SCALARS = {Width.BOOL: "bool", Width.I32: "int", Width.I64: "int64", Width.F32: "float"}
 VECTORS = {Width.BOOL: "vbool", Width.I32: "vint", Width.I64: "vint64", Width.F32: "vfloat"}
@@ -103,6 +103,12 @@ class CppPrinter(Printer):
         super().__init__(plan)
         self.helpers: set[str] = set()
 
+    @staticmethod
+    def source(node: Expr) -> str:
+        """The expression itself, for a comment."""
+        text = format_expr(node)
+        return comment(text if len(text) <= 90 else text[:87] + "...")
+
     # leaves
 
     def reference(self, node: Expr, name: str, at: Level) -> str:
@@ -132,7 +138,13 @@ class CppPrinter(Printer):
         return self._spread(f"p_{node.name}", node, at)
 
     def input(self, node: Input, at: Level) -> str:
-        return "TILE" if node is KEY_TILE else node.name
+        if node in RANGES:  # of run bounds
+            return "TILE" if node is KEY_TILE else node.name
+        if "k" in node.axes:
+            return node.name
+        held = f"rows.{node.name}[w]"  # an accumulator at the end of its pass
+        stream = self.plan.stream
+        return f"({held} * LOG_2)" if self.plan.binary and stream and node.name == stream.shift else held
 
     def _spread(self, text: str, node: Expr, at: Level) -> str:
         return f"{_SPLAT[self.plan.width(node)]}({text})" if at in _LANED else text
@@ -217,6 +229,18 @@ class CppPrinter(Printer):
         name = f"clamp{'_low' * low}{'_high' * high}"
         last = "" if not high else f", ({SCALARS[own]}){extent}"
         return f"{name}<{kind}>({text}{last})"
+
+
+def comment(text: str) -> str:
+    """``text`` as the end of a line: a backslash there would swallow the next one."""
+    return text.rstrip().rstrip("\\").rstrip()
+
+
+def declaration(printer: CppPrinter, value: Value) -> str:
+    """The statement that makes ``value``."""
+    kinds = SCALARS if value.level in (Level.GRID, Level.COL) else VECTORS
+    text = printer.value(value)
+    return f"const {kinds[printer.plan.width(value.expr)]} {value.name} = {text};  // {comment(value.comment)}"
 
 
 def _int_literal(value: int, width: Width) -> str:

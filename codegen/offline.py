@@ -1,6 +1,6 @@
 """Compile a plan for a GPU that is not here, and report what the kernel needs: registers, spills, shared memory.
 
-Each compilation runs in a process of its own: a compiler crash must not take the caller along, and Triton has to be
+Compilations run in a process of their own: a compiler crash must not take the caller along, and Triton has to be
 imported without its interpreter. NVIDIA figures come from ``ptxas -v``, AMD figures from the assembly's metadata.
 """
 
@@ -12,8 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from typing import Any
 from attnlang.ir import AttnlangError
 
 from .plan import KernelPlan
-from .triton import Config, arguments, emit, padded
+from .triton import KERNEL_NAME, arguments, emit
+from .triton_common import Config, padded
 from .triton_tiles import candidates, settle, shared_limit
 
-__all__ = ["Compiler", "CompilerFailed", "Resources", "compile_plan", "signature"]
+__all__ = ["Compiler", "CompilerFailed", "Job", "Resources", "compile_plan", "first_that_fits", "signature"]
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64", "bool": "*u8"}
 POINTERS |= {f"{u}int{n}": f"*{u[:1] or 'i'}{n}" for u in ("u", "") for n in (8, 16, 32, 64)}
@@ -35,10 +35,25 @@ class CompilerFailed(AttnlangError):
 
 
 @dataclass(frozen=True)
+class Job:
+    """One kernel to compile: ``function`` of ``source`` at the tile of ``config``; ``title`` is for people.
+
+    ``signature`` gives the types, constants and divisibility of the parameters.
+    """
+
+    title: str
+    source: str
+    function: str
+    config: Config
+    signature: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Resources:
     """What one kernel needs on one target. Bytes, except registers per thread and instruction counts.
 
-    ``mma`` counts matrix instructions by kind; ``serialised`` says that the assembler made asynchronous ones wait.
+    ``stack_bytes`` is local memory: what is spilled, and arrays that no registers can hold. ``mma`` counts matrix
+    instructions by kind; ``serialised`` says that the assembler made asynchronous ones wait.
     """
 
     target: str
@@ -130,19 +145,30 @@ class Compiler:
             )
         return self._process
 
+    @property
+    def version(self) -> str:
+        """The version of Triton that compiles."""
+        return str(self._ask({})["triton"])
+
     def compile(self, plan: KernelPlan, target: str, config: Config, save: Path | None = None) -> Resources:
-        """Compile ``plan`` at the tile of ``config``; the cubin or hsaco is written to ``save``.
+        """Compile the forward kernel of ``plan`` at the tile of ``config``; see ``build``."""
+        return self.build(_job(plan, config), target, save)
+
+    def build(self, job: Job, target: str, save: Path | None = None) -> Resources:
+        """Compile ``job`` for ``target``; the cubin or hsaco is written to ``save``.
 
         Raises:
             CompilerFailed: with the compiler's message.
         """
-        with _source_file(emit(plan, config)) as path:
-            job = {"path": str(path), "target": target, "warps": config.warps, "stages": config.stages}
-            job["save"] = None if save is None else str(save)
-            answer = self._ask(job | signature(plan, config))
+        with tempfile.TemporaryDirectory(prefix="attnlang-offline-") as folder:
+            path = Path(folder) / "kernel.py"
+            path.write_text(job.source, encoding="utf-8")
+            request = {"path": str(path), "function": job.function, "target": target, **job.signature}
+            request |= {"warps": job.config.warps, "stages": job.config.stages}
+            answer = self._ask(request | {"save": None if save is None else str(save)})
         if "error" in answer:
-            raise CompilerFailed(f"{plan.program.name} for {target} at {config.key}: {answer['error']}")
-        return Resources(target=target, config=config.key, **answer)
+            raise CompilerFailed(f"{job.title} for {target} at {job.config.key}: {answer['error']}")
+        return Resources(target=target, config=job.config.key, **answer)
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -158,34 +184,43 @@ class Compiler:
         return answer
 
 
-@contextmanager
-def _source_file(source: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="attnlang-offline-") as folder:
-        path = Path(folder) / "kernel.py"
-        path.write_text(source, encoding="utf-8")
-        yield path
+def first_that_fits(
+    title: str, configs: tuple[Config, ...], job: Callable[[Config], Job], target: str, compiler: Compiler
+) -> Resources:
+    """Compile tiles in order of preference and return what the one needs that a launch on such a chip settles on.
+
+    Raises:
+        CompilerFailed: a tile does not compile, or none fits the shared memory of the target.
+    """
+    made: dict[Config, Resources] = {}
+
+    def spills(config: Config) -> int | None:
+        made[config] = compiler.build(job(config), target)
+        # a launch sees the local memory of a kernel, not what is in it
+        return made[config].stack_bytes if made[config].shared_bytes <= shared_limit(target) else None
+
+    config = settle(configs, spills)
+    if config is None:
+        raise CompilerFailed(f"no tile of {title} fits the shared memory of {target}")
+    return made[config]
+
+
+def _job(plan: KernelPlan, config: Config) -> Job:
+    return Job(plan.program.name, emit(plan, config), KERNEL_NAME, config, signature(plan, config))
 
 
 def compile_plan(
     plan: KernelPlan, target: str, *, descriptors: bool = False, compiler: Compiler | None = None
 ) -> Resources:
-    """Compile ``plan`` for ``target`` without a GPU, at the tile that a launch on such a chip settles on.
+    """Compile the forward kernel of ``plan`` without a GPU, at the tile that a launch on such a chip settles on.
 
     Targets: ``cuda:80``, ``cuda:90``, ``cuda:100``, ``hip:gfx942``.
 
     Raises:
-        CompilerFailed: no tile compiles, or none fits the shared memory of the target.
+        CompilerFailed: a tile does not compile, or none fits the shared memory of the target.
     """
     if compiler is None:
         with Compiler() as compiler:
             return compile_plan(plan, target, descriptors=descriptors, compiler=compiler)
-    made: dict[Config, Resources] = {}
-
-    def spills(config: Config) -> int | None:
-        made[config] = compiler.compile(plan, target, config)
-        return made[config].spill_bytes if made[config].shared_bytes <= shared_limit(target) else None
-
-    config = settle(candidates(plan, target, descriptors=descriptors), spills)
-    if config is None:
-        raise CompilerFailed(f"no tile of {plan.program.name} fits the shared memory of {target}")
-    return made[config]
+    configs = candidates(plan, target, descriptors=descriptors)
+    return first_that_fits(plan.program.name, configs, lambda config: _job(plan, config), target, compiler)

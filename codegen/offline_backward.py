@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .offline import POINTERS, Compiler, CompilerFailed, Resources, _source_file
+from .offline import POINTERS, Compiler, Job, Resources, first_that_fits
 from .plan import KernelPlan
-from .triton import Config
-from .triton_backward import QUERIES, backward_arguments, emit_keys, emit_queries, kernel_name
+from .triton_backward import emit_keys, emit_queries
+from .triton_backward_arguments import QUERIES, backward_arguments, kernel_name
 from .triton_backward_tiles import candidates
-from .triton_tiles import settle, shared_limit
+from .triton_common import Config
 
 __all__ = ["compile_backward", "signature"]
-
-_ALIAS = "\n\nattention_forward = {}  # the name the compiling process looks for\n"
 
 
 def signature(plan: KernelPlan, kernel: str) -> dict[str, Any]:
@@ -38,27 +36,12 @@ def compile_backward(plan: KernelPlan, kernel: str, target: str, compiler: Compi
     """Compile the ``queries`` or the ``keys`` kernel for ``target``, at the tile a launch on such a chip settles on.
 
     Raises:
-        CompilerFailed: no tile compiles, or none fits the shared memory of the target.
+        CompilerFailed: a tile does not compile, or none fits the shared memory of the target.
     """
-    made: dict[Config, Resources] = {}
+    title, types = f"{plan.program.name} backward over {kernel}", signature(plan, kernel)
+    emit = emit_queries if kernel == QUERIES else emit_keys
 
-    def spills(config: Config) -> int | None:
-        made[config] = _compile(plan, kernel, target, compiler, config)
-        return made[config].spill_bytes if made[config].shared_bytes <= shared_limit(target) else None
+    def job(config: Config) -> Job:
+        return Job(title, emit(plan, config), kernel_name(kernel), config, types)
 
-    config = settle(candidates(plan, kernel, target), spills)
-    if config is None:
-        raise CompilerFailed(f"no tile of {plan.program.name} backward fits the shared memory of {target}")
-    return made[config]
-
-
-def _compile(plan: KernelPlan, kernel: str, target: str, compiler: Compiler, config: Config) -> Resources:
-    source = (emit_queries if kernel == QUERIES else emit_keys)(plan, config)
-    with _source_file(source + _ALIAS.format(kernel_name(kernel))) as path:
-        job = {"path": str(path), "target": target, "warps": config.warps, "stages": config.stages}
-        answer = compiler._ask(job | signature(plan, kernel))
-    if "error" in answer:
-        raise CompilerFailed(
-            f"{plan.program.name} backward over {kernel} for {target} at {config.key}: {answer['error']}"
-        )
-    return Resources(target=target, config=config.key, **answer)
+    return first_that_fits(title, candidates(plan, kernel, target), job, target, compiler)

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,12 +28,12 @@ MMA = {
 }
 
 
-def _kernel(path: str) -> Any:
+def _kernel(path: str, function: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"kernel_{abs(hash(path))}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.attention_forward
+    return getattr(module, function)
 
 
 def _gpu(target: str) -> Any:
@@ -42,8 +43,19 @@ def _gpu(target: str) -> Any:
     return GPUTarget("hip", arch, 64) if kind == "hip" else GPUTarget("cuda", int(arch), 32)
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int, int, bool]:
-    """Return registers, spill bytes, stack bytes and whether asynchronous matrix instructions were serialised."""
+def _ptxas(log: str, ptx: str, arch: int) -> tuple[int, int, int, bool]:
+    """Return registers, spill bytes, stack bytes and whether asynchronous matrix instructions were serialised.
+
+    ``log`` is what ptxas said when Triton called it; a Triton that does not pass it on has ptxas run again.
+    """
+    if "registers" not in log:
+        log = _run_ptxas(ptx, arch)
+    figures = [re.search(p, log) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")]
+    registers, spills, stack = (int(f.group(1)) if f else 0 for f in figures)
+    return registers, spills, stack, "serialized" in log
+
+
+def _run_ptxas(ptx: str, arch: int) -> str:
     from triton.backends.nvidia.compiler import get_ptxas
 
     tool = get_ptxas(arch).path
@@ -53,10 +65,7 @@ def _ptxas(ptx: str, arch: int) -> tuple[int, int, int, bool]:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [tool, "-v", f"--gpu-name={name.group(1)}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    figures = [re.search(p, log) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")]
-    registers, spills, stack = (int(f.group(1)) if f else 0 for f in figures)
-    return registers, spills, stack, "serialized" in log
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _amd(text: str) -> tuple[int, int, int, bool]:
@@ -64,27 +73,33 @@ def _amd(text: str) -> tuple[int, int, int, bool]:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found.group(1)) if found else 0
 
-    registers = read("vgpr_count") + read("agpr_count")
-    spills = 4 * read("vgpr_spill_count")  # scalar registers spill to vector lanes, not to memory
-    return registers, spills, read("private_segment_fixed_size"), False
+    # where accumulation registers share one file with the others (gfx90a and later), .vgpr_count is the sum of both
+    registers = max(read("vgpr_count"), read("agpr_count"))
+    # vector registers spill to accumulation registers as well as to memory, scalar ones to lanes of vector registers
+    stack = read("private_segment_fixed_size")
+    return registers, min(4 * read("vgpr_spill_count"), stack), stack, False
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """Compile one job and return its figures."""
+    """Compile one job and return its figures; a job without a path asks for Triton's version alone."""
     import triton
+
+    if "path" not in job:
+        return {"triton": triton.__version__}
     from triton.compiler import ASTSource
 
-    fn, target = _kernel(job["path"]), _gpu(job["target"])
+    fn, target = _kernel(job["path"], job["function"]), _gpu(job["target"])
     attrs = {(fn.arg_names.index(n),): [["tt.divisibility", 16]] for n in job["divisible"]}
     source = ASTSource(fn=fn, signature=job["types"], constexprs=job["constants"], attrs=attrs)
     options = {"num_warps": job["warps"], "num_stages": job["stages"], "enable_fp_fusion": True}
-    done = triton.compile(source, target=target, options=options)
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        done = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         text, binary = done.asm["amdgcn"], done.asm["hsaco"]
         figures = _amd(text)
     else:
         text, binary = done.asm["ptx"], done.asm["cubin"]
-        figures = _ptxas(text, target.arch)
+        figures = _ptxas(log.getvalue(), text, target.arch)
     if job.get("save"):
         Path(job["save"]).write_bytes(binary)
     registers, spills, stack, serialised = figures
@@ -101,6 +116,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    # figures come from the log of the assembler, which a cached kernel does not have
+    os.environ["TRITON_ALWAYS_COMPILE"] = os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     out, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:

@@ -34,11 +34,12 @@ from attnlang.passes.derivatives import derivatives
 from attnlang.passes.intervals import value_range
 from attnlang.passes.levels import Level, levels
 from attnlang.passes.simplify import map_program, simplify
+from attnlang.passes.streaming import Accumulator, Streaming, streaming
 from attnlang.passes.widths import Width, assumptions, widths
 
 from .runs import NAMES, RunBounds, forms_of, ranges_of, run_bounds
 
-__all__ = ["KernelPlan", "Section", "TensorArg", "Value", "make_plan"]
+__all__ = ["KernelPlan", "Section", "Step", "TensorArg", "Value", "make_plan"]
 
 MAX_INLINE_DEPTH = 6
 """Nested operators printed as one expression before a statement of their own is made."""
@@ -83,6 +84,20 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One pass over the keys: its accumulators, the statements their values need, and the row statements after it."""
+
+    accumulators: tuple[Accumulator, ...]
+    values: Section
+    after: tuple[Value, ...]
+
+    @property
+    def weights(self) -> Accumulator | None:
+        """The accumulator that sums weighted rows, if this pass has it."""
+        return next((a for a in self.accumulators if a.rows is not None), None)
+
+
+@dataclass(frozen=True)
 class CapturedGrad:
     """How one load of a captured tensor takes part in the backward pass.
 
@@ -108,6 +123,8 @@ class KernelPlan:
     ``runs`` holds the bounds a kernel computes its runs from, by the axis of its inner loop; a kernel over an axis
     without them reads a run table.
 
+    A forward plan says in ``stream`` what is accumulated and made of it, and in ``steps`` the statements of every pass.
+
     A backward plan also has ``dscore``, the derivative of the modified score with respect to the raw one (None where it
     is 1), and ``grads``, one entry for each load of a captured tensor that needs a gradient.
     """
@@ -130,6 +147,8 @@ class KernelPlan:
     dscore: Expr | None = None
     grads: tuple[CapturedGrad, ...] = ()
     runs: tuple[RunBounds, ...] = ()
+    stream: Streaming | None = None
+    steps: tuple[Step, ...] = ()
     direction: str = "forward"
     wide: bool = False
     outer: str = "q"
@@ -148,6 +167,15 @@ class KernelPlan:
         known = {v.expr for v in self.grid}
         needed = (n for n in postorder(*runs.exprs) if n in self.names and n not in known)
         return tuple(Value(self.names[n], n, Level.GRID) for n in needed)
+
+    @property
+    def binary(self) -> bool:
+        """Whether kernels may hold scores times log2(e): nothing but the shift and its exponential reads them."""
+        if self.score is not None or self.stream is None:
+            return self.score is None
+        values = [a.value for a in self.stream.accumulators if a.name != self.stream.shift]
+        reads = any(isinstance(n, Input) and n.name in ("s", "raw") for n in postorder(*values))
+        return self.stream.shift is not None and len(self.steps) == 1 and not reads
 
     def level(self, node: Expr) -> Level:
         return self.node_levels[node]
@@ -282,6 +310,28 @@ def _captured_grads(program: Program, wanted: Iterable[str]) -> tuple[CapturedGr
     return tuple(CapturedGrad(n, partials[n], level_of[n]) for n in loads)
 
 
+def _pair_roots(stream: Streaming) -> tuple[Expr, ...]:
+    return tuple(a.value for a in stream.accumulators)
+
+
+def _row_roots(stream: Streaming) -> tuple[Expr, ...]:
+    settled = () if stream.settled is None or len(stream.passes) == 1 else (stream.settled,)
+    return (*settled, *(out.value for out in stream.outputs))
+
+
+def _passes(stream: Streaming | None, nodes: Iterable[Expr]) -> dict[Expr, int]:
+    """After how many passes each row value is known; 0 for everything that streams by."""
+    found = {a.name: i + 1 for i, step in enumerate(stream.passes if stream else ()) for a in step}
+    level_of = levels(*nodes)
+    out: dict[Expr, int] = {}
+    for node in postorder(*nodes):
+        if isinstance(node, Input):
+            out[node] = found.get(node.name, 0)
+        else:
+            out[node] = max((out[a] for a in node.args), default=0)
+    return {n: out[n] if level_of[n] is Level.ROW else 0 for n in nodes}
+
+
 def make_plan(
     program: Program,
     *,
@@ -300,6 +350,9 @@ def make_plan(
     ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
     float tensors a backward pass must give gradients for. ``closed`` names the loop axes along which kernels compute
     their run bounds where the mask has a closed form; whoever launches them checks that it holds.
+
+    Raises:
+        Unstreamable: the stage has something that :mod:`attnlang.passes.streaming` cannot accumulate.
     """
     program = map_program(program, simplify)
     (term,) = program.attend.terms
@@ -311,7 +364,9 @@ def make_plan(
     # the indices of a scattered gradient are needed as values, like any other pair expression
     score_roots += tuple(i for g in grads if g.level is Level.PAIR for i in g.load.indices)
     hooks = (*score_roots, mask)
-    roots = (*hooks, *addresses)
+    stream = None if backward else streaming(program.attend)
+    made = () if stream is None else (*_pair_roots(stream), *_row_roots(stream))
+    roots = (*hooks, *made, *addresses)
     forms = forms_of(program, closed)
     bounds = assumptions((*roots, *(e for form in forms for e in form.exprs)), storage, wide=wide)
     if forms:
@@ -322,26 +377,30 @@ def make_plan(
     level_of = levels(*roots)
 
     used = {n.tensor for n in _find(Load, *roots) if isinstance(n, Load)}
-    read = {n.name for n in _find(Param, *hooks, *ends) if isinstance(n, Param)}
+    read = {n.name for n in _find(Param, *hooks, *made, *ends) if isinstance(n, Param)}
     tensors = tuple(TensorArg(t.name, t.type, storage[t.name], len(t.shape)) for t in program.tensors if t.name in used)
     scalars = tuple(Param(p.name, p.type) for p in program.scalars if p.name in read)
     sizes = tuple(dict.fromkeys(n.name for n in _find(Size, *roots) if isinstance(n, Size)))
 
     namer = _Namer([t.name for t in tensors] + [p.name for p in scalars] + list(sizes))
-    names = _names(namer, hooks, runs, level_of)
-    needed_by_hooks = set(postorder(*hooks))
-    needed_by_score = set(postorder(*score_roots))
+    names = _names(namer, (*hooks, *made), runs, level_of)
+    known_after = _passes(stream, names)
 
-    def values(level: Level, *, score_only: bool = False) -> tuple[Value, ...]:
+    def values(level: Level, of: tuple[Expr, ...], after: int = 0) -> tuple[Value, ...]:
+        needed = set(postorder(*of))
         return tuple(
             Value(name, node, level)
             for node, name in names.items()
-            if level_of[node] is level and node in (needed_by_score if score_only else needed_by_hooks)
+            if level_of[node] is level and node in needed and known_after[node] == after
         )
 
-    def section(score_only: bool) -> Section:
-        col, pair, row = (values(x, score_only=score_only) for x in (Level.COL, Level.PAIR, Level.ROW))
+    def section(of: tuple[Expr, ...]) -> Section:
+        col, pair, row = (values(x, of) for x in (Level.COL, Level.PAIR, Level.ROW))
         return Section(col, pair, row)
+
+    def step(number: int, found: tuple[Accumulator, ...]) -> Step:
+        of = tuple(a.value for a in found)
+        return Step(found, section(of), values(Level.ROW, made, number + 1))
 
     return KernelPlan(
         program=program,
@@ -351,10 +410,10 @@ def make_plan(
         tensors=tensors,
         scalars=scalars,
         sizes=sizes,
-        grid=values(Level.GRID),
-        row=values(Level.ROW),
-        full=section(True),
-        partial=section(False),
+        grid=values(Level.GRID, (*hooks, *made)),
+        row=values(Level.ROW, (*hooks, *made)),
+        full=section(score_roots),
+        partial=section(hooks),
         score=None if score is RAW_SCORE else score,
         mask=None if mask is TRUE else mask,
         key_batch=addresses[0],
@@ -362,6 +421,8 @@ def make_plan(
         dscore=None if dscore is Const(1.0, FLOAT) else dscore,
         grads=grads,
         runs=runs,
+        stream=stream,
+        steps=() if stream is None else tuple(step(i, found) for i, found in enumerate(stream.passes)),
         direction="backward" if backward else "forward",
         wide=wide,
         names=names,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .plan import KernelPlan
-from .triton import Config, padded
-from .triton_backward import QUERIES, has_diagonals
+from .triton_backward_arguments import QUERIES, has_diagonals
+from .triton_common import Config, padded
 from .triton_tiles import INTERPRETED, shared_limit
 
 __all__ = ["candidates", "shared_bytes"]
@@ -15,7 +15,7 @@ _Rows = tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...]
 
 # (largest padded head dimension, tiles (queries, keys, warps, stages), best first)
 _HALF: _Rows = (
-    (64, ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1))),
+    (64, ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1), (16, 32, 4, 1))),
     (128, ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1))),
     (256, ((32, 64, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1))),
     (512, ((16, 32, 8, 1), (16, 16, 8, 1))),

@@ -42,7 +42,7 @@ _NATIVE = {"int32": Width.I32, "int64": Width.I64, "float32": Width.F32}
 
 def safe_name(name: str) -> str:
     """Return ``name``, or ``name_`` where Python, Triton or the template has another use for it."""
-    taken = name in RESERVED or keyword.iskeyword(name) or keyword.issoftkeyword(name)
+    taken = name in RESERVED or f"{name}_ptr" in RESERVED or keyword.iskeyword(name) or keyword.issoftkeyword(name)
     return f"{name}_" if taken or name.startswith("_") or name.endswith("_") else name
 
 

@@ -11,17 +11,15 @@ from attnlang.passes.widths import Width
 
 from .plan import KernelPlan
 from .runs import RunBounds
+from .triton_common import RUN_TABLE
 from .triton_printer import TritonPrinter
 
-__all__ = ["TABLE", "BoundsText", "bounds_text", "table_arguments"]
-
-TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
-"""Parameters of a kernel that walks a run table; the first four are pointers."""
+__all__ = ["BoundsText", "bounds_text", "table_arguments"]
 
 
 def table_arguments(plan: KernelPlan, loop: str) -> tuple[str, ...]:
     """Return the parameters for the run table of the kernel of ``plan`` whose inner loop is over ``loop``."""
-    return TABLE if plan.run_bounds(loop) is None else ()
+    return RUN_TABLE if plan.run_bounds(loop) is None else ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from attnlang.ir import Load
 from attnlang.passes.levels import Level
 
 from .plan import KernelPlan
-from .triton import Config, padded
+from .triton_common import Config, padded
 
 __all__ = ["INTERPRETED", "candidates", "settle", "shared_bytes", "shared_limit"]
 
@@ -58,7 +58,7 @@ BLACKWELL = (
     Row(512, ((64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1))),
 )
 AMPERE = (
-    Row(64, ((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 8, 2))),
+    Row(64, ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1))),
     Row(128, ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2))),
     Row(256, ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1))),
     Row(512, ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1))),

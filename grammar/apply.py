@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attnlang.ir import (
     BUILTIN_SIZES,
     INT,
+    STAGE_INPUTS,
+    Attend,
     Const,
     Expr,
     Index,
     Input,
     Load,
+    Operand,
     Param,
+    Pool,
     ScalarParam,
     Size,
+    Stage,
     TensorParam,
     Type,
     build,
+    map_record,
     postorder,
     rewrite,
 )
@@ -35,6 +41,21 @@ class Substitution:
 
     nodes: dict[Expr, Expr] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+
+    def stage(self, stage: Stage) -> Stage:
+        """Replace in a whole stage; rows of captured tensors follow the names of those."""
+        changed = map_record(stage, lambda e: self.apply(e)[0])
+        if not isinstance(changed, Attend):
+            return replace(changed, source=self._named(changed.source)) if isinstance(changed, Pool) else changed
+        terms = (replace(t, left=self._rows(t.left), right=self._rows(t.right)) for t in changed.terms)
+        outputs = (o if o.rows is None else replace(o, rows=self._rows(o.rows)) for o in changed.outputs)
+        return replace(changed, terms=tuple(terms), outputs=tuple(outputs))
+
+    def _named(self, tensor: str) -> str:
+        return tensor if tensor in STAGE_INPUTS else self.tensors.get(tensor, tensor)
+
+    def _rows(self, operand: Operand) -> Operand:
+        return replace(operand, source=self._named(operand.source))
 
     def apply(self, *roots: Expr) -> tuple[Expr, ...]:
         def rule(node: Expr) -> Expr:

@@ -22,6 +22,7 @@ __all__ = ["Builder"]
 Child: TypeAlias = "Token | ast.Node | tuple[ast.Node, ...] | list[ast.ParamDecl] | str"
 N = TypeVar("N", bound=ast.Node)
 
+_STATEMENTS = (ast.Let, ast.Hook, ast.Grid, ast.Named, ast.Block, ast.Returns)
 INT_LIMIT = 2**63 - 1
 MAX_DIGITS = 100
 
@@ -149,7 +150,7 @@ class Builder(Transformer):
         )
 
     def pattern(self, children: list) -> ast.Node:
-        statements = tuple(c for c in children if isinstance(c, ast.Let | ast.Hook | ast.Grid))
+        statements = tuple(c for c in children if isinstance(c, _STATEMENTS))
         name, doc = _names(children)[0], _doc(children)
         value = _after(children, "ASSIGN")
         return ast.Pattern(_cover(children[:2]), name, _params(children), doc, statements, value)
@@ -190,6 +191,20 @@ class Builder(Transformer):
     def hook(self, children: list) -> ast.Node:
         return ast.Hook(_cover(children), _name(children[0]), _value(children))
 
+    def named(self, children: list) -> ast.Node:
+        kind, name = _names(children)
+        dims = _part(children, "dims")
+        shape = _nodes(dims.parts, ast.Node) if dims else None
+        return ast.Named(_cover(children), kind, name, shape, _value(children))
+
+    def block(self, children: list) -> ast.Node:
+        kind, *names = _names(children)
+        statements = tuple(c for c in children if isinstance(c, _STATEMENTS))
+        return ast.Block(_cover(children[: 1 + len(names)]), kind, names[0] if names else None, statements)
+
+    def returns(self, children: list) -> ast.Node:
+        return ast.Returns(_cover(children), _nodes(children, ast.Node))
+
     def grid(self, children: list) -> ast.Node:
         return ast.Grid(_cover(children), _names(children), _nodes(children, ast.Coordinate))
 
@@ -228,6 +243,9 @@ class Builder(Transformer):
 
     def group(self, children: list) -> ast.Node:
         return children[1]
+
+    def sequence(self, children: list) -> ast.Node:
+        return ast.Tuple(_cover(children), _nodes(children, ast.Node))
 
     def literal(self, children: list) -> ast.Node:
         (token,) = children

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from attnlang.ir import Expr, build, substitute
+from attnlang.ir import Attend, Expr, Stage, build, substitute
 from attnlang.ir.build import op
 
 from . import syntax as ast
 from .apply import Substitution, bind_scalar, bind_tensor, check_shapes, match_arguments
 from .errors import AttnError
-from .lower import callee, lower
+from .lower import callee, lower, only_hooks
 from .parameters import Parameters, rename_open
 from .scope import Scope, Template
 
@@ -23,11 +23,18 @@ Grids: TypeAlias = "dict[str, tuple[tuple[str, Expr], ...]]"
 
 @dataclass(frozen=True)
 class Composed:
-    """Hooks of a composition; ``scored`` names the first pattern in it that changes the score."""
+    """Hooks of a composition; ``scored`` names the first pattern in it that changes the score.
+
+    ``stages`` are those of the pattern in it that is more than a mask and a score, called ``extra``, with the mask and
+    score of the others worked in; ``returns`` is what that pattern gives back.
+    """
 
     mask: Expr
     score: Expr
     scored: str = ""
+    extra: str = ""
+    stages: tuple[Stage, ...] = ()
+    returns: tuple[str, ...] = ()
 
 
 Steps: TypeAlias = Generator["ast.Node", Composed, Composed]
@@ -92,19 +99,40 @@ class _Composer:
 
     def _both(self, left: Composed, right: Composed, node: ast.Node) -> Composed:
         """Masks are and-ed; the score of the left is the `s` of the right."""
-        score = right.score
-        if score is not build.s and left.score is not build.s:
-            size = self.scope.budget.count((score,), self.scope.source, node.span)
-            self.scope.budget.charge(size, self.scope.source, node.span)
-            score = substitute(score, {build.s: left.score})
-        elif score is build.s:
-            score = left.score
-        return Composed(build.all_of(left.mask, right.mask), score, left.scored or right.scored)
+        if left.extra and right.extra:
+            message = f"`{left.extra}` and `{right.extra}` are both more than a mask and a score"
+            hint = "at most one pattern of a composition has a normaliser, weights, outputs or stages"
+            raise self.scope.error(node, "ATL210", message, hint)
+        scored = left.scored or right.scored
+        if not left.extra and not right.extra:
+            return Composed(build.all_of(left.mask, right.mask), self._scores(left.score, right.score, node), scored)
+        whole = left if left.extra else right
+        place = max(i for i, stage in enumerate(whole.stages) if isinstance(stage, Attend))
+        stage = whole.stages[place]
+        assert isinstance(stage, Attend)
+        branches = []
+        for branch in stage.branches:
+            if left.extra:
+                mask, score = build.all_of(branch.mask, right.mask), self._scores(branch.score, right.score, node)
+            else:
+                mask, score = build.all_of(left.mask, branch.mask), self._scores(left.score, branch.score, node)
+            branches.append(replace(branch, mask=mask, score=score))
+        stages = (*whole.stages[:place], replace(stage, branches=tuple(branches)), *whole.stages[place + 1 :])
+        return replace(whole, stages=stages, scored=scored)
+
+    def _scores(self, left: Expr, right: Expr, node: ast.Node) -> Expr:
+        """The score of ``right`` with that of ``left`` as its `s`."""
+        if right is build.s or left is build.s:
+            return left if right is build.s else right
+        size = self.scope.budget.count((right,), self.scope.source, node.span)
+        self.scope.budget.charge(size, self.scope.source, node.span)
+        return substitute(right, {build.s: left})
 
     def _need_mask(self, part: Composed, sign: str, node: ast.Node) -> None:
-        if part.scored:
-            message = f"`{sign}` needs patterns that only mask, but `{part.scored}` changes the score"
-            raise self.scope.error(node, "ATL210", message, f"take `{part.scored}` out and join it with `&`")
+        if name := part.extra or part.scored:
+            does = "is more than a mask" if part.extra else "changes the score"
+            message = f"`{sign}` needs patterns that only mask, but `{name}` {does}"
+            raise self.scope.error(node, "ATL210", message, f"take `{name}` out and join it with `&`")
 
     def _pattern(self, call: ast.Call) -> Composed:
         scope = self.scope
@@ -115,11 +143,14 @@ class _Composer:
             raise scope.error(call, "ATL210", message, "use it inside a body: `mask = ...`")
         into = self._bind(template, call)
         scope.budget.charge(template.size, scope.source, call.span)
-        mask, score = into.apply(program.mask, program.score)
         for axis, coordinates in program.grids:
             extents = into.apply(*(extent for _, extent in coordinates))
             names = [name for name, _ in coordinates]
             self.grids.setdefault(axis, tuple(zip(names, extents, strict=True)))
+        if not only_hooks(program):
+            stages = tuple(into.stage(stage) for stage in program.stages)
+            return Composed(build.TRUE, build.s, "", template.name, stages, program.returns)
+        mask, score = into.apply(program.mask, program.score)
         return Composed(mask, score, "" if program.score is build.s else template.name)
 
     def _bind(self, template: Template, call: ast.Call) -> Substitution:

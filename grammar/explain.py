@@ -9,17 +9,7 @@ from lark import Token
 from .errors import AttnError, Source, Span, suggest
 from .layout import token_span
 
-__all__ = ["RESERVED", "explain_character", "explain_token"]
-
-RESERVED = {
-    "weights": "a hook on the weights after normalisation",
-    "normalize": "normalisers other than softmax",
-    "outputs": "auxiliary outputs",
-    "select": "selection of keys",
-    "branch": "several branches over one pass",
-    "group": "groups of keys with their own statistics",
-}
-"""Statements that a later version will have, and what they are for."""
+__all__ = ["explain_character", "explain_token"]
 
 _EXPRESSION = frozenset({"NAME", "INT", "FLOAT", "TRUE", "FALSE", "LPAR", "MINUS", "PLUS", "TILDE", "NOT"})
 _OPERATORS = frozenset(
@@ -72,6 +62,23 @@ _PYTHON = {
 }
 
 
+_FORMS = {
+    "output": "output name = sum(w, over=q)",
+    "term": "term name = dot(Q, table[...])",
+    "stat": "stat name = max(s)",
+    "branch": "branch name:",
+    "attend": "attend name:",
+    "normalize": "normalize = softmax(sink=...)",
+    "weight": "weights = w * ...",
+    "group": "group = k // 64",
+    "pool": "pool name = mean(K, block=64)",
+    "select": "select name[rows, keys] = top(score, count)",
+    "row": "rows name[B, H, Lq, Dv] = ...",
+    "position": "position q = ...",
+}
+"""How statements that have a name or a block are written."""
+
+
 def _word(kind: str) -> str:
     return _WORDS.get(kind) or f"`{_SIGNS.get(kind) or kind.lower()}`"
 
@@ -87,6 +94,8 @@ def _expected(kinds: set[str]) -> str:
     """Say what would have been accepted, shortest useful form first."""
     words: list[str] = []
     rest = set(kinds)
+    if rest == {"ASSIGN", "COLON", "NAME"}:  # after the first word of a statement
+        rest = {"ASSIGN"}
     if rest >= _EXPRESSION - {"NOT"}:
         rest -= _EXPRESSION
         words.append("an expression")
@@ -99,8 +108,8 @@ def _expected(kinds: set[str]) -> str:
         rest -= {"PATTERN", "DEF", "IMPORT", "FROM", "$END", "STRING", "INDENT"}
         words.append("`pattern`, `def` or `import` at the start of a line")
     if {"LET", "GRID"} <= rest:
-        rest -= {"LET", "GRID", "NAME", "STRING", "DEDENT"}
-        words.append("a statement (`let`, `grid`, `mask =` or `score =`)")
+        rest -= {"LET", "GRID", "NAME", "STRING", "DEDENT", "RETURN"}
+        words.append("a statement (`let`, `mask =`, `score =`, ...)")
     words = sorted(map(_word, rest)) + words
     if len(words) > 5:
         words = [*words[:5], "..."]
@@ -137,8 +146,9 @@ def _hint(token: Token, expected: set[str], source: Source) -> str:
         return _PYTHON[words[-1]]
     if expected == {"COLON"}:
         return "a coordinate is `name: extent`" if words[:1] == ["grid"] else "a parameter is `name: type`"
-    if expected == {"ASSIGN"} and words[:1] != ["let"]:
-        return "a statement is `mask = ...`, `score = ...` or `let name = ...`"
+    if expected <= {"ASSIGN", "COLON", "NAME", "LSQB"} and "ASSIGN" in expected and words[:1] != ["let"]:
+        form = _FORMS.get(words[0].removesuffix("s")) if words else None
+        return f"it is `{form}`" if form else "a statement is `mask = ...`, `score = ...` or `let name = ...`"
     if token.type == "STRING":
         return "expressions have no strings" if "NAME" in expected else ""
     if token.type == "IF" and not words:
@@ -148,7 +158,7 @@ def _hint(token: Token, expected: set[str], source: Source) -> str:
     if token.type == "ASSIGN":
         return "write `==` to compare, or `let name = ...` to name a value"
     if token.type == "RETURN":
-        return "a pattern says `mask = ...` or `score = ...`; only `def` returns a value"
+        return "a pattern ends with `return name, ...`; only `def` returns a value"
     if token.type in _KEYWORDS and "NAME" in expected:
         return f"`{text}` is a word of the language; choose another name"
     if text in _PYTHON:
@@ -171,14 +181,7 @@ def explain_token(token: Token, expected: set[str], source: Source) -> AttnError
     span = token_span(token)
     first = re.match(r"\s*([A-Za-z_]+)", source.line(span.line))
     word = first.group(1) if first else ""
-    before_value = source.line(span.line)[: span.column - 1].strip() in ("", word)
-    if word in RESERVED and before_value and token.type != "NEWLINE":
-        start = source.line(span.line).index(word) + 1
-        return source.error(
-            Span(span.line, start, span.line, start + len(word)),
-            "ATL108",
-            f"`{word}` is reserved for a later version: {RESERVED[word]}",
-        )
+    before_value = len(source.line(span.line)[: span.column - 1].split()) <= 2
     if word in _PYTHON and before_value:
         span = Span(span.line, first.start(1) + 1, span.line, first.end(1) + 1) if first else span
         return source.error(span, "ATL104", f"unexpected `{word}`", _PYTHON[word])

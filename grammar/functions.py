@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from attnlang.ir import BOOL, FLOAT, INT, Expr, build
+from attnlang.ir import BOOL, FLOAT, INT, Expr, build, normalizers
 from attnlang.ir.build import op
 
-__all__ = ["CONSTANTS", "FUNCTIONS", "Function", "builtin_functions"]
+__all__ = ["CONSTANTS", "FUNCTIONS", "Function", "builtin_functions", "cdiv"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,19 @@ def _isnan(x: Expr) -> Expr:
     return op("ne", x, x)
 
 
+def _ratio(a: Expr, b: Expr) -> Expr:
+    return normalizers.ratio(build.cast(a, FLOAT), build.cast(b, FLOAT))
+
+
 def _softplus(x: Expr) -> Expr:
     return op("add", op("max", x, 0.0), op("log1p", op("exp", op("neg", op("abs", x)))))
+
+
+def cdiv(a: Expr, b: Expr) -> Expr:
+    """The smallest whole number not below a / b, for b > 0."""
+    if a.type is FLOAT or b.type is FLOAT:
+        raise TypeError("cdiv needs int")
+    return op("floordiv", op("sub", op("add", a, b), 1), b)
 
 
 def _gelu(x: Expr) -> Expr:
@@ -60,6 +71,8 @@ _ROWS = (
     _many("max", "largest of two or more"),
     Function("clamp", "clamp(x, low, high)", "min(max(x, low), high)", build.clamp, 3, 3),
     Function("where", "where(c: bool, a, b)", "a if c else b", partial(op, "where"), 3, 3),
+    Function("cdiv", "cdiv(a: int, b: int) -> int", "a / b rounded up, for b > 0", cdiv, 2, 2),
+    Function("ratio", "ratio(a: float, b: float) -> float", "a / b, and 0 where b is 0", _ratio, 2, 2),
     _cast("float", FLOAT, "conversion; true is 1.0"),
     _cast("int", INT, "conversion; truncates towards zero, saturates at 32 bits, NaN is 0"),
     _cast("bool", BOOL, "x != 0"),

@@ -9,7 +9,23 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TypeAlias
 
-from attnlang.ir import AXES, BOOL, FLOAT, INT, Const, Expr, Index, Load, Size, TensorParam, build
+from attnlang.ir import (
+    AXES,
+    BOOL,
+    FLOAT,
+    HEAD_SIZES,
+    INT,
+    Attend,
+    Const,
+    Expr,
+    Index,
+    Input,
+    Load,
+    Program,
+    Size,
+    TensorParam,
+    build,
+)
 from attnlang.ir.build import op
 
 from . import syntax as ast
@@ -18,7 +34,7 @@ from .errors import AttnError, suggest
 from .functions import CONSTANTS, FUNCTIONS, Function
 from .scope import Poisoned, Scope, Template, Value
 
-__all__ = ["Lowering", "callee", "lower"]
+__all__ = ["Lowering", "callee", "changes", "describe", "lower", "only_hooks"]
 
 Steps: TypeAlias = Generator["ast.Node", Expr, Expr]
 
@@ -29,6 +45,26 @@ _COMPARE = {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"
 _ALIASES = {"True": "`true`", "False": "`false`", "math": "the function without `math.`"}
 _INDEX_OF = {"B": "b", "H": "h", "Hkv": "h", "Lq": "q"}  # for examples in hints
 MAX_POWER = 64
+OPERANDS = {"Q": "q", "K": "k", "V": "v"}
+"""How a program writes the operands of the call."""
+OVER_D = {"sum_d": "sum", "mean_d": "mean", "max_d": "max"}
+FORMS = {
+    "sum": "it reduces: `output name = sum(w, over=k)`, or `stat name = sum(...)` in a `normalize:` block",
+    "each": "it says what nothing gives: `output name = each(m + log(l), empty=-inf)`",
+    "argmax": "it reduces: `output name = argmax(w, over=k)`",
+    "softmax": "it is a normaliser: `normalize = softmax(sink=...)`",
+    "elementwise": "it is a normaliser: `normalize = elementwise(sigmoid(s))`",
+    "sparsemax": "it is a normaliser: `normalize = sparsemax()`",
+    "entmax15": "it is a normaliser: `normalize = entmax15()`",
+    "root": "it is a statistic of a `normalize:` block: `stat t = root(max(s - t, 0), seed=m - 1)`",
+    "dot": "it is a score term: `term t = dot(Q, table[...])`",
+    "sum_d": "it sums over features, in a `term` or in `rows`",
+    "mean_d": "it is a mean over features, in `rows`",
+    "max_d": "it is a maximum over features, in `rows`",
+    "top": "it is a rule: `select name[rows, keys] = top(score, count)`",
+    "mean": "it pools: `pool name = mean(K, block=64)`",
+}
+"""Words that stand in front of parentheses without being functions, and where."""
 
 
 def lower(node: ast.Node, scope: Scope) -> Expr:
@@ -42,11 +78,11 @@ def lower(node: ast.Node, scope: Scope) -> Expr:
 
 
 class Lowering:
-    """One walk over one expression; ``score`` tells afterwards whether it reads the score."""
+    """One walk over one expression; ``reads`` tells afterwards which inputs of the core it depends on."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.score = False
+        self.reads: set[str] = set()
 
     def run(self, root: ast.Node) -> Expr:
         scope = self.scope
@@ -85,6 +121,9 @@ class Lowering:
                 return self._subscript(node)
             case ast.Call():
                 return self._call(node)
+            case ast.Tuple():
+                message = "a list of values in parentheses has no place in an expression"
+                raise self.scope.error(node, "ATL203", message, "only `over`, `key` and `extent` take one")
         raise TypeError(f"not an expression: {type(node).__name__}")
 
     # names
@@ -92,15 +131,21 @@ class Lowering:
     def _name(self, node: ast.Name) -> Expr:
         scope, name = self.scope, node.id
         if name in scope.values:
+            if name == "w" and scope.known is not None and name in scope.known:
+                message = "`w` is the weight here, and a name of this pattern"
+                raise scope.error(node, "ATL202", message, "give the parameter or `let` another name")
             return self._value(node, scope.values[name])
-        if name in AXES:
-            if not scope.axes:
+        if name in AXES or (name == "d" and name in scope.axes):
+            if name not in scope.axes:
                 hint = "pass it as an argument" if "helper" in scope.what else ""
                 raise scope.error(node, "ATL213", f"`{name}` is not known in {scope.what}", hint)
             return Index(name)
-        if name == "s":
-            return self._score(node)
+        if name in scope.inputs:
+            self._read(node, name, f"{describe(scope.inputs[name])} is")
+            return scope.inputs[name]
         if name in scope.sizes:
+            return Size(name)
+        if name in HEAD_SIZES and scope.sizes:
             return Size(name)
         if name in CONSTANTS:
             return Const(CONSTANTS[name], FLOAT)
@@ -118,20 +163,23 @@ class Lowering:
                 message = f"captured tensor `{node.id}` is used without an index"
                 raise scope.error(node, "ATL205", message, f"read one element, e.g. `{node.id}[{example}]`")
             return Load(value.name, (), value.type)
-        if value.score:
-            self._require_score(node, f"`{node.id}` depends on the score, which is")
-            self.score = True
+        for name in sorted(value.reads):
+            known = scope.inputs.get(name)
+            thing = f"`{name}`" if known is None else describe(known)
+            self._read(node, name, f"`{node.id}` depends on {thing}, which is")
         return value.expr
 
-    def _score(self, node: ast.Name) -> Expr:
-        self._require_score(node, "the score `s` is")
-        self.score = True
-        return build.s
-
-    def _require_score(self, node: ast.Node, what: str) -> None:
-        if not self.scope.score:
-            hint = "a mask decides which pairs exist before any score is computed" if "mask" in self.scope.what else ""
-            raise self.scope.error(node, "ATL213", f"{what} not known in {self.scope.what}", hint)
+    def _read(self, node: ast.Node, name: str, what: str) -> None:
+        """Note that input ``name`` is read, which must be known here."""
+        scope = self.scope
+        if name not in (scope.inputs if scope.known is None else scope.known):
+            hint = ""
+            if "mask" in scope.what:
+                hint = "a mask decides which pairs exist before any score is computed"
+            elif scope.what in ("a score", "a normaliser"):
+                hint = "it exists only after normalisation"
+            raise scope.error(node, "ATL213", f"{what} not known in {scope.what}", hint)
+        self.reads.add(name)
 
     def _unknown(self, node: ast.Name) -> AttnError:
         scope, name = self.scope, node.id
@@ -143,8 +191,11 @@ class Lowering:
             kind = template.kind if template else "function"
             return scope.error(node, "ATL203", f"`{name}` is a {kind}, not a value", f"call it: `{name}(...)`")
         known = [*scope.values, *scope.sizes, *CONSTANTS]
-        known += list(AXES) if scope.axes else []
+        known += [a for a in AXES if a in scope.axes]
+        known += [*scope.inputs] if scope.known is None else sorted(scope.known)
         hint = f"write {_ALIASES[name]}" if name in _ALIASES else suggest(name, known)
+        if name in OPERANDS:
+            hint = f"`{name}` stands for rows: it is a factor of an output, or an argument of a term, `pool` or `rows`"
         if not hint and "shape" in scope.what:
             hint = "a size that is taken from the tensor has a name with a capital letter, e.g. `N`"
         return scope.error(node, "ATL200", f"unknown name `{name[:80]}`", hint)
@@ -164,7 +215,7 @@ class Lowering:
         if name not in scope.grids[axis]:
             hint = suggest(name, scope.grids[axis]) or f"it has {', '.join(scope.grids[axis])}"
             raise scope.error(node.name, "ATL209", f"the grid of `{axis}` has no coordinate `{name}`", hint)
-        if not scope.axes:
+        if axis not in scope.axes:
             raise scope.error(node, "ATL213", f"`{axis}.{name}` is not known in {scope.what}")
         return scope.grids[axis][name]
 
@@ -244,6 +295,8 @@ class Lowering:
 
     def _subscript(self, node: ast.Subscript) -> Steps:
         scope, base = self.scope, node.base
+        if isinstance(base, ast.Name) and base.id in OPERANDS and base.id not in scope.values:
+            return (yield from self._element(node, base.id))
         tensor = scope.values.get(base.id) if isinstance(base, ast.Name) else None
         if isinstance(base, ast.Name) and not isinstance(tensor, TensorParam):
             if base.id not in scope.values:
@@ -259,6 +312,26 @@ class Lowering:
             shape = ", ".join(map(str, tensor.shape))
             message = f"`{tensor.name}` has {len(tensor.shape)} dimension(s), indexed with {len(node.indices)}"
             raise scope.error(node, "ATL205", message, f"it is declared `{tensor.type}[{shape}]`")
+        indices = yield from self._indices(node, tensor.shape)
+        return Load(tensor.name, tuple(indices), tensor.type)
+
+    def _element(self, node: ast.Subscript, name: str) -> Steps:
+        """One element of an operand of the call."""
+        scope = self.scope
+        if not scope.elements:
+            hint = "scores read their products, `s` and `term`s; elements are read in `rows` and `select`"
+            raise scope.error(node, "ATL213", f"elements of `{name}` are not known in {scope.what}", hint)
+        if len(node.indices) != 4:
+            message = f"`{name}` has 4 dimensions, indexed with {len(node.indices)}"
+            raise scope.error(node, "ATL205", message, f"e.g. `{name}[b, h, q, d]`")
+        if OPERANDS[name] in scope.values:
+            message = f"a captured tensor called `{OPERANDS[name]}` hides `{name}`"
+            raise scope.error(node, "ATL202", message, "give the tensor another name")
+        indices = yield from self._indices(node, (None,) * 4)
+        return Load(OPERANDS[name], tuple(indices), FLOAT)
+
+    def _indices(self, node: ast.Subscript, shape: tuple[Expr | None, ...]) -> Generator[ast.Node, Expr, list[Expr]]:
+        scope = self.scope
         indices: list[Expr] = []
         for child in node.indices:
             index = yield child
@@ -267,16 +340,19 @@ class Lowering:
                 raise scope.error(child, "ATL203", message, "convert it with `int(...)`")
             if isinstance(index, Const) and index.value < 0:
                 message = f"index {index.value} is negative, and indices do not count from the end"
-                hint = f"write `{tensor.shape[len(indices)]} - {-index.value}`"
+                length = shape[len(indices)]
+                hint = "" if length is None else f"write `{length} - {-index.value}`"
                 raise scope.error(child, "ATL205", message, hint)
             indices.append(build.cast(index, INT))
-        return Load(tensor.name, tuple(indices), tensor.type)
+        return indices
 
     # calls
 
     def _call(self, node: ast.Call) -> Steps:
         if isinstance(node.callee, ast.Name) and node.callee.id in FUNCTIONS:
             return (yield from self._builtin(node, FUNCTIONS[node.callee.id]))
+        if isinstance(node.callee, ast.Name) and node.callee.id in OVER_D and self.scope.over_d is not None:
+            return (yield from self._over_d(node, OVER_D[node.callee.id], self.scope.over_d))
         template = callee(node.callee, self.scope, [*FUNCTIONS])
         given = match_arguments(template, node, self.scope)
         into = Substitution()
@@ -296,11 +372,22 @@ class Lowering:
         check_shapes(template, given, self.scope, into)
         return self._expand(node, template, into)
 
+    def _over_d(self, node: ast.Call, monoid: str, known: dict[tuple[str, Expr], Input]) -> Steps:
+        """A reduction over the features of a row; equal ones are one."""
+        assert isinstance(node.callee, ast.Name)
+        if len(node.args) != 1 or node.args[0].name is not None:
+            raise self.scope.error(node, "ATL204", f"`{node.callee.id}` takes 1 argument, got {len(node.args)}")
+        value = yield node.args[0].value
+        if value.type is BOOL:
+            raise self.scope.error(node.args[0], "ATL203", "features are float, got bool", "write `float(...)`")
+        value = build.cast(value, FLOAT)
+        return known.setdefault((monoid, value), Input(f"{monoid}_{len(known)}", FLOAT, "bhq"))
+
     def _expand(self, node: ast.Call, template: Template, into: Substitution) -> Expr:
         scope = self.scope
         scope.budget.charge(template.size, scope.source, node.span)
-        if template.program is not None and template.program.score is not build.s:
-            message = f"pattern `{template.name}` changes the score, so it is not a condition"
+        if template.program is not None and not (only_hooks(template.program) and template.program.score is build.s):
+            message = f"pattern `{template.name}` {changes(template.program)}, so it is not a condition"
             raise scope.error(node, "ATL210", message, "compose it: `pattern name = ... & ...`")
         root = template.value if template.program is None else template.program.mask
         assert root is not None
@@ -329,6 +416,24 @@ class Lowering:
             types = ", ".join(str(a.type) for a in args)
             message = f"`{function.name}` cannot be applied to ({types})"
             raise scope.error(node, "ATL203", message, f"it is `{function.signature}`") from None
+
+
+_INPUTS = {"s": "the score", "raw": "the raw score", "w": "the weight", "p": "the weight before `weights`"}
+
+
+def describe(node: Input) -> str:
+    """Say in words what an input of the core is."""
+    return f"{_INPUTS.get(node.name, 'term' if 'k' in node.axes else 'row statistic')} `{node.name}`"
+
+
+def changes(program: Program) -> str:
+    """Say what else than masking a pattern does."""
+    return "changes the score" if only_hooks(program) else "is more than a mask and a score"
+
+
+def only_hooks(program: Program) -> bool:
+    """Whether a program is a mask and a score, on the rows of q, k and v as they come."""
+    return program.standard and program.attend.operands() == Attend().operands()
 
 
 def _done(value: Expr) -> Steps:
@@ -361,6 +466,7 @@ def callee(node: ast.Node, scope: Scope, known: list[str]) -> Template:
         hint = suggest(name, [*table, *([] if where else known)])
         if not where and isinstance(scope.values.get(name), TensorParam):
             hint = f"`{name}` is a captured tensor: index it with `{name}[...]`"
+        hint = FORMS.get(name, hint) if not where else hint
         raise scope.error(node, "ATL200", f"unknown function or pattern `{name[:80]}`{where}", hint)
     template = table[name]
     if template is None:

@@ -262,11 +262,7 @@ def _uses(definition: ast.Helper | ast.Pattern) -> list[ast.Name]:
     if isinstance(definition, ast.Helper):
         values += [*(let.value for let in definition.lets), definition.value]
     else:
-        for statement in definition.statements:
-            if isinstance(statement, ast.Grid):
-                values += [c.extent for c in statement.coordinates]
-            else:
-                values.append(statement.value)
+        values += ast.values(*definition.statements)
         stack = [definition.composition] if definition.composition is not None else []
         while stack:
             node = stack.pop()

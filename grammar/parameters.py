@@ -11,6 +11,7 @@ from attnlang.ir import (
     AXES,
     BOOL,
     BUILTIN_SIZES,
+    HEAD_SIZES,
     INT,
     Const,
     Environment,
@@ -160,7 +161,7 @@ def _scalar(decl: ast.ParamDecl, scope: Scope) -> ScalarParam:
 
 def _default(decl: ast.ParamDecl, node: ast.Node, type_: Type, scope: Scope) -> Scalar:
     """Evaluate a default, which is any expression of constants."""
-    expr = lower(node, Scope(scope.source, scope.names, scope.budget, "a default value", sizes=set(), axes=False))
+    expr = lower(node, Scope(scope.source, scope.names, scope.budget, "a default value", sizes=set(), axes=""))
     if expr.type.value > type_.value or (expr.type is BOOL) != (type_ is BOOL):
         message = f"the default of `{decl.name.id}` is {expr.type}, but the parameter is {type_}"
         raise scope.error(node, "ATL208", message, f"declare it `{decl.name.id}: {expr.type}`")
@@ -180,7 +181,7 @@ def _tensor(decl: ast.ParamDecl, free: frozenset[str], scope: Scope) -> TensorPa
     assert decl.dims is not None
     type_ = type_named(decl.type, scope)
     what = "the shape of a captured tensor"
-    inner = replace(scope.restricted(what, axes=False, tensors=False), sizes=scope.sizes | free)
+    inner = replace(scope.restricted(what, axes="", tensors=False), sizes=scope.sizes | free)
     dims: list[Expr] = []
     for node in decl.dims:
         dim = lower(node, inner)
@@ -194,7 +195,7 @@ def _tensor(decl: ast.ParamDecl, free: frozenset[str], scope: Scope) -> TensorPa
 
 def _unbound_sizes(params: tuple[ast.ParamDecl, ...], into: Parameters) -> list[AttnError]:
     """A free size gets its value from a tensor that has it alone as a dimension; find those that never do."""
-    bound = {d.name for t in into.tensors for d in t.shape if isinstance(d, Size)} | set(BUILTIN_SIZES)
+    bound = {d.name for t in into.tensors for d in t.shape if isinstance(d, Size)} | {*BUILTIN_SIZES, *HEAD_SIZES}
     errors = []
     for decl in params:
         for name in (n for d in decl.dims or () for n in ast.walk(d) if isinstance(n, ast.Name)):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from attnlang.ir import AXES, BUILTIN_SIZES, Expr, Program, ScalarParam, TensorParam, Type, postorder
+from attnlang.ir import AXES, BUILTIN_SIZES, Expr, Input, Program, ScalarParam, TensorParam, Type, build, postorder
 from attnlang.ir.verify import MAX_NODES
 
 from . import syntax as ast
@@ -96,10 +96,10 @@ class Names:
 
 @dataclass(frozen=True)
 class Value:
-    """A scalar that has a name; ``score`` tells whether it depends on the score."""
+    """A scalar that has a name; ``reads`` are the inputs (scores, weights, statistics) it depends on."""
 
     expr: Expr
-    score: bool = False
+    reads: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ class Scope:
     """What an expression may read.
 
     ``values``: scalars and captured tensors by name, None where the definition was wrong. ``later``: names defined
-    further down and their line. ``axes``, ``score``, ``tensors``: whether indices, the score and captured tensors are
-    known here; ``what`` says in words where "here" is.
+    further down and their line. ``inputs``: what the core computes and hooks may read (scores, weights, statistics),
+    ``known`` those that can be read here, None for all. ``axes``: the indices that are known here; ``tensors``: whether
+    captured tensors are, ``elements`` whether those of `Q K V` are. ``over_d`` gathers reductions over the features
+    where there can be any. ``what`` says in words where "here" is.
     """
 
     source: Source
@@ -120,13 +122,16 @@ class Scope:
     statics: set[str] = field(default_factory=set)
     grids: dict[str, dict[str, Expr]] = field(default_factory=dict)
     later: dict[str, int] = field(default_factory=dict)
-    axes: bool = True
-    score: bool = False
+    inputs: dict[str, Input] = field(default_factory=lambda: {"s": build.s})
+    known: frozenset[str] | None = frozenset()
+    axes: str = "bhqk"
     tensors: bool = True
+    elements: bool = False
+    over_d: dict[tuple[str, Expr], Input] | None = None
 
-    def restricted(self, what: str, *, axes: bool = True, score: bool = False, tensors: bool = True) -> Scope:
+    def restricted(self, what: str, *, axes: str = "bhqk", known: Iterable[str] = (), tensors: bool = True) -> Scope:
         """Return this scope as seen from ``what``; the tables are shared."""
-        return replace(self, what=what, axes=axes, score=score, tensors=tensors)
+        return replace(self, what=what, axes=axes, known=frozenset(known), tensors=tensors)
 
     def error(self, at: ast.Node | Span, code: str, message: str, hint: str = "") -> AttnError:
         return self.source.error(at.span if isinstance(at, ast.Node) else at, code, message, hint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from attnlang.ir import Scalar
 
@@ -17,6 +18,7 @@ __all__ = [
     "Argument",
     "Attribute",
     "Binary",
+    "Block",
     "Call",
     "Compare",
     "Conditional",
@@ -30,12 +32,17 @@ __all__ = [
     "Let",
     "Literal",
     "Name",
+    "Named",
     "Node",
     "ParamDecl",
     "Pattern",
+    "Returns",
     "SourceFile",
+    "Statement",
     "Subscript",
+    "Tuple",
     "Unary",
+    "values",
     "walk",
 ]
 
@@ -112,6 +119,11 @@ class Conditional(Node):
 
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
+class Tuple(Node):
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class ParamDecl(Node):
     """``static name: type[dims] = default``; ``dims`` is None for a scalar."""
 
@@ -134,6 +146,32 @@ class Hook(Node):
 
     name: Name
     value: Node
+
+
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
+class Named(Node):
+    """``kind name[dims] = value``: an output, a term, a statistic, rows, ...; ``dims`` is None where there are none."""
+
+    kind: Name
+    name: Name
+    dims: tuple[Node, ...] | None
+    value: Node
+
+
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
+class Block(Node):
+    """``kind name:`` and the statements below it; ``span`` covers the head only."""
+
+    kind: Name
+    name: Name | None
+    statements: tuple[Statement, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
+class Returns(Node):
+    """``return a, b``: which results a pattern gives back."""
+
+    items: tuple[Node, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
@@ -168,7 +206,7 @@ class Helper(Definition):
 class Pattern(Definition):
     """``composition`` is None for a pattern with a body of statements."""
 
-    statements: tuple[Let | Hook | Grid, ...]
+    statements: tuple[Statement, ...]
     composition: Node | None
 
 
@@ -195,6 +233,27 @@ class SourceFile:
     definitions: tuple[Helper | Pattern, ...]
 
 
+Statement: TypeAlias = "Let | Hook | Grid | Named | Block | Returns"
+
+
+def values(*statements: Statement) -> Iterator[Node]:
+    """Yield every expression that stands in ``statements`` and in the blocks below them."""
+    stack = list(statements)
+    while stack:
+        match stack.pop():
+            case Let(value=value) | Hook(value=value):
+                yield value
+            case Named(value=value, dims=dims):
+                yield value
+                yield from dims or ()
+            case Grid(coordinates=coordinates):
+                yield from (c.extent for c in coordinates)
+            case Returns(items=items):
+                yield from items
+            case Block(statements=inner):
+                stack += inner
+
+
 def _children(node: Node) -> tuple[Node, ...]:
     match node:
         case Attribute(base=base):
@@ -209,6 +268,8 @@ def _children(node: Node) -> tuple[Node, ...]:
             return (left, right)
         case Compare(operands=operands):
             return operands
+        case Tuple(items=items):
+            return items
         case Conditional(then=then, condition=condition, other=other):
             return (then, condition, other)
     return ()

@@ -20,8 +20,10 @@ from attnlang.ir import (
     BOOL,
     BUILTIN_SIZES,
     FLOAT,
+    HEAD_SIZES,
     INT,
     KEY_ADDRESS,
+    Attend,
     Const,
     Environment,
     Expr,
@@ -109,9 +111,11 @@ class Binder:
         self.program = program
         self._scalars = {p.name: p for p in program.scalars}
         self._tensors = {p.name: p for p in program.tensors}
-        operands = program.attend.operands()
-        self._grouped = any(o.source in "kv" and o.address == KEY_ADDRESS for o in operands)
+        operands = [o for stage in program.stages if isinstance(stage, Attend) for o in stage.operands()]
+        self._grouped = any(o.source in "kv" and o.index == KEY_ADDRESS for o in operands)
         self._reaches = sorted(_reaches(program))
+        terms = (t for stage in program.stages if isinstance(stage, Attend) for t in stage.terms)
+        self._terms = [t for t in terms if (t.left.source, t.right.source) != ("q", "k")]
 
     def bind(
         self,
@@ -134,11 +138,13 @@ class Binder:
                 known = [*self._tensors, *self._scalars]
                 raise UsageError(f"{self.program.name} has no parameter {name!r}{suggest(name, known)}")
         sizes = {"B": q.shape[0], "H": q.shape[1], "Hkv": k.shape[1], "Lq": q.shape[2], "Lk": k.shape[2]}
+        sizes |= {"D": q.shape[3], "Dv": v.shape[3]}  # a captured tensor that has such a size alone says otherwise
         params = {name: self._scalar(p, given) for name, p in self._scalars.items()}
         tensors = {name: self._tensor(p, given, q.device) for name, p in self._tensors.items()}
         self._bind_sizes(sizes, tensors)
         self._check_shapes(sizes, params, tensors)
         self._check_reach(sizes, tensors)
+        self._check_features({"q": q, "k": k, "v": v, **tensors})
         if k.shape[0] != q.shape[0]:
             k, v = k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
         return Bound(q, k, v, sizes, params, tensors, check_scale(scale, q.shape[3]))
@@ -164,6 +170,9 @@ class Binder:
         params = {name: self._scalar(p, given) for name, p in self._scalars.items()}
         tensors = {name: self._tensor(p, given, None) for name, p in self._tensors.items()}
         all_sizes = dict(sizes)
+        for size in {n.name for n in postorder(self.program.mask) if isinstance(n, Size)} & {*HEAD_SIZES}:
+            if not any(Size(size) in t.shape for t in self.program.tensors):
+                raise UsageError(f"the mask of {self.program.name} reads {size}, which only a call knows")
         self._bind_sizes(all_sizes, tensors)
         self._check_shapes(all_sizes, params, tensors)
         self._check_reach(all_sizes, tensors)
@@ -256,6 +265,8 @@ class Binder:
         for param in self.program.tensors:
             given = tensors[param.name].shape
             for position, (extent, dim) in enumerate(zip(given, param.shape, strict=True)):
+                if any(isinstance(n, Size) and n.name in HEAD_SIZES and n.name not in sizes for n in postorder(dim)):
+                    continue  # lengths alone do not say how many features there are
                 want = _extent(dim, sizes, params, param.name)
                 if want != extent:
                     declared = ", ".join(format_expr(d) for d in param.shape)
@@ -263,6 +274,16 @@ class Binder:
                         f"{param.name} must have shape [{declared}]: dimension {position} is {format_expr(dim)} = "
                         f"{want}, got {extent} in {_shape(tensors[param.name])}"
                     )
+
+    def _check_features(self, tensors: Mapping[str, Tensor]) -> None:
+        """The two rows of a score term have the same number of features."""
+        for term in self._terms:
+            left, right = (tensors.get(o.source) for o in (term.left, term.right))  # None: an earlier stage makes it
+            if left is not None and right is not None and left.shape[-1] != right.shape[-1]:
+                raise UsageError(
+                    f"term {term.name} multiplies rows of {term.left.source} and {term.right.source}, which have "
+                    f"{left.shape[-1]} and {right.shape[-1]} features"
+                )
 
     def _check_reach(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
         """Find loads that are sure to be out of range: indexed by an axis that is longer than the dimension."""
@@ -333,6 +354,13 @@ def _extent(dim: Expr, sizes: Mapping[str, int], params: Mapping[str, Scalar], t
 
 def _reaches(program: Program) -> set[tuple[str, int, str]]:
     """Loads whose index is an axis itself, as (tensor, dimension, axis)."""
-    roots = (r for stage in program.stages for r in stage.roots())
-    loads = (n for n in postorder(*roots) if isinstance(n, Load))
-    return {(n.tensor, d, i.axis) for n in loads for d, i in enumerate(n.indices) if isinstance(i, Index)}
+    whole = [s for s in program.stages if isinstance(s, Attend) and s.lengths == Attend().lengths]
+    roots = (r for stage in whole for r in stage.roots())
+    known = {t.name for t in program.tensors}
+    loads = (n for n in postorder(*roots) if isinstance(n, Load) and n.tensor in known)
+    return {
+        (n.tensor, d, i.axis)
+        for n in loads
+        for d, i in enumerate(n.indices)
+        if isinstance(i, Index) and i.axis in _AXIS_SIZE
+    }

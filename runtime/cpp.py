@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 
 import torch
 
 from attnlang.codegen.cpp import ENTRY, SPACE, emit
 from attnlang.codegen.cpp_arguments import arguments
+from attnlang.codegen.cpp_steps import plain
 from attnlang.codegen.isa import AMX, ISAS, Isa, best_isa, few_rows
 from attnlang.codegen.plan import KernelPlan
+from attnlang.passes.streaming import Accumulator, Made
 
 from .call import Call
 from .cpp_common import KernelCache, Loaded, Schedule, plan_of, schedule_of
 from .errors import Unavailable
+from .runs import warn_blind
 from .toolchain import matrix_registers, processor_features
 
-__all__ = ["Kernel", "forward", "select_isa"]
+__all__ = ["Kernel", "forward", "outputs", "select_isa"]
 
 MOST_ROWS = max(isa.rows for isa in ISAS.values())
 
@@ -36,19 +40,50 @@ class Kernel:
             self._space.argtypes = (ctypes.c_int64,) * 3
             self._space.restype = ctypes.c_int64
 
-    def __call__(self, call: Call, schedule: Schedule | None, threads: int) -> tuple[Tensor, Tensor]:
-        q, v = call.q, call.v
-        batch, heads, length, _ = q.shape
-        o = torch.empty((batch, heads, length, v.shape[3]), dtype=q.dtype)
-        lse = torch.empty((batch, heads, length), dtype=torch.float32)
-        tensors = {"q": q, "k": call.k, "v": v, "o": o, "lse": lse}
+    def __call__(self, call: Call, schedule: Schedule | None, threads: int) -> dict[str, Tensor]:
+        """Return every output of the plan by name."""
+        stream = self.plan.stream
+        assert stream is not None
+        made = {out.name: _start(out, self.plan, call) for out in stream.outputs}
+        if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
+            return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
+        tensors = {"q": call.q, "k": call.k, "v": call.v, **made}
         if self._space is not None:
             tensors["space"] = torch.empty(self._space(*call.k.shape[:3]), dtype=torch.uint8)
         if schedule is not None:
             threads = min(threads, schedule.threads(call))
         self._loaded.run(call, tensors, schedule, threads)
-        return o, lse
+        return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
 
+
+def _column(out: Made, plan: KernelPlan) -> Accumulator | None:
+    assert plan.stream is not None
+    return next((a for a in plan.stream.accumulators if a.name == out.column), None)
+
+
+def _start(out: Made, plan: KernelPlan, call: Call) -> Tensor:
+    batch, heads, length, _ = call.q.shape
+    if (column := _column(out, plan)) is not None:
+        shares = max(1, SHARES // max(1, batch * heads))
+        return torch.full((shares, batch, heads, call.k.shape[2]), column.identity, dtype=torch.float32)
+    if out.rows is not None:
+        return torch.empty((batch, heads, length, call.v.shape[3]), dtype=call.q.dtype)
+    return torch.empty((batch, heads, length), dtype=torch.int64 if out.integer else torch.float32)
+
+
+def _finish(out: Made, plan: KernelPlan, made: Tensor) -> Tensor:
+    column = _column(out, plan)
+    if column is None:
+        return made
+    if column.monoid == "sum":
+        return made.sum(0)
+    best = made.amax(0) if column.monoid == "max" else made.amin(0)
+    return torch.where(best == column.identity, out.empty, best)
+
+
+SHARES = 16
+"""Pieces the queries of all heads are cut into where sums over queries are made; a constant, so that sums do not depend
+on threads."""
 
 _kernels = KernelCache(lambda call, isa, wide, wanted: Kernel(plan_of(call, wide), isa))
 
@@ -69,22 +104,36 @@ def _isa(chosen: str, rows: int) -> Isa:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Compute (o [B, H, Lq, Dv] in the dtype of q, lse [B, H, Lq] float32, natural logarithm).
+    """Compute (o [B, H, Lq, Dv] in the dtype of q, lse [B, H, Lq] float32, natural logarithm) of a standard program.
 
     Raises:
         Unavailable: this backend cannot run the call here; the reason says why.
     """
-    q, v = call.q, call.v
-    if q.device.type != "cpu":
-        raise Unavailable(f"the C++ backend runs on CPU tensors, q is on {q.device}")
-    if q.numel() == 0 or v.shape[3] == 0:
-        o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-        if o.numel() == 0 and q.shape[0] * q.shape[1] * q.shape[2] == 0:
-            return o, torch.empty(q.shape[:3], dtype=torch.float32)
-    isa = select_isa(q.shape[2])
-    if q.dtype is torch.bfloat16 and _use_matrix(q.shape[2]):
-        isa = AMX
+    if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
+        o = torch.empty((*call.q.shape[:3], call.v.shape[3]), dtype=call.q.dtype)
+        return o, torch.empty(call.q.shape[:3], dtype=torch.float32)
+    made = outputs(call)
+    if call.closed("k") and made["lse"][-1, -1, -1] == -math.inf and bool((made["lse"] == -math.inf).all()):
+        warn_blind(call.program.mask, call.program.name)  # no run map was made, which would have said so
+    return made["o"], made["lse"]
+
+
+def outputs(call: Call) -> dict[str, Tensor]:
+    """Compute every output of the program's Attend stage by name.
+
+    Weighted rows are [B, H, Lq, Dv] in the dtype of q; numbers of a row [B, H, Lq], and of a key [B, H, Lk], float32
+    (int64 for an argmax).
+
+    Raises:
+        Unavailable: this backend cannot run the call here; the reason says why.
+    """
+    if call.q.device.type != "cpu":
+        raise Unavailable(f"the C++ backend runs on CPU tensors, q is on {call.q.device}")
+    isa = select_isa(max(1, call.q.shape[2]))
     kernel = _kernels.get(call, isa)
+    if call.q.dtype is torch.bfloat16 and _use_matrix(call.q.shape[2]) and plain(kernel.plan):
+        isa = AMX
+        kernel = _kernels.get(call, isa)
     return kernel(call, schedule_of(call, isa, kernel.plan), torch.get_num_threads())
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from attnlang.codegen.cpp_backward import ENTRY, backward_arguments, emit_backward, private_axes
@@ -21,7 +25,9 @@ __all__ = ["Gradients", "backward"]
 Tensor = torch.Tensor
 
 SHARES = 16
-"""Pieces the work is cut into when few key heads exist; a constant, so that sums do not depend on threads."""
+"""Buffers of a scattered gradient when few key heads exist; a constant, so that sums do not depend on threads."""
+TURN = 8
+"""Numbers in a turn record of the kernel, which fills a cache line."""
 BUFFER_LIMIT = 1 << 28
 """Floats of private buffers a scattered gradient may take before the PyTorch fallback is used."""
 
@@ -53,45 +59,49 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
     kernel = _kernels.get(call, isa, wanted)
     (batch, heads, lq, dim), (kv_batch, kv_heads, lk, _) = call.q.shape, call.k.shape
     blocks = -(-lq // isa.rows)
-    splits = max(1, min(blocks, SHARES // (kv_batch * kv_heads)))
-    do = do.to(call.q.dtype).contiguous()
-    delta = (do.float() * o.float()).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse.float()
+    places = kv_batch * kv_heads
+    shares = max(1, min(blocks, SHARES // places))
     pad = lambda n: -(-n // isa.lanes) * isa.lanes  # noqa: E731
     tensors = {
         "q": call.q,
         "k": call.k,
         "v": call.v,
-        "o": o,
+        "o": o.contiguous(),
         "lse": lse.contiguous(),
-        "dout": do,
-        "delta": delta.contiguous(),
+        "dout": do.to(call.q.dtype).contiguous(),
+        "dlse": _zeros(lse.shape) if dlse is None else dlse.float().contiguous(),
         "dq": torch.empty((batch, heads, lq, dim), dtype=call.q.dtype),
-        "dk": torch.zeros((splits, kv_batch, kv_heads, lk, pad(dim))),
-        "dv": torch.zeros((splits, kv_batch, kv_heads, lk, pad(call.v.shape[3]))),
+        "dk": _zeros((kv_batch, kv_heads, lk, pad(dim))),
+        "dv": _zeros((kv_batch, kv_heads, lk, pad(call.v.shape[3]))),
+        "turns": torch.zeros((batch * heads * blocks + places + 1, TURN), dtype=torch.int64),
+        "shares": torch.empty(shares),
     }
     for i, grad in enumerate(kernel.plan.grads):
-        tensors[f"d{i}"] = _buffer(call, grad, splits, blocks)
-    kernel.run(call, tensors, schedule_of(call, isa, kernel.plan), torch.get_num_threads())
+        tensors[f"d{i}"] = _buffer(call, grad, shares, blocks)
+    schedule, threads = schedule_of(call, isa, kernel.plan), torch.get_num_threads()
+    if schedule is not None:
+        threads = min(threads, schedule.threads(call))
+    kernel.run(call, tensors, schedule, threads)
     parts = [_gather(call, grad, tensors[f"d{i}"]) for i, grad in enumerate(kernel.plan.grads)]
     captured = total(call, wanted, kernel.plan.grads, parts)
-    dk, dv = (
-        (tensors[n][0] if splits == 1 else tensors[n].sum(0))[..., : t.shape[3]].to(t.dtype)
-        for n, t in (("dk", call.k), ("dv", call.v))
-    )
+    dk, dv = (tensors[n][..., : t.shape[3]].to(t.dtype) for n, t in (("dk", call.k), ("dv", call.v)))
     return Gradients(tensors["dq"], dk, dv, captured)
 
 
-def _buffer(call: Call, grad: CapturedGrad, splits: int, blocks: int) -> Tensor:
+def _zeros(shape: Sequence[int]) -> Tensor:
+    """Zeros in float32 that take memory only where they are written: fresh pages are zero already."""
+    return torch.from_numpy(np.zeros(tuple(shape), np.float32))
+
+
+def _buffer(call: Call, grad: CapturedGrad, shares: int, blocks: int) -> Tensor:
     """Return zeros for the sums of one captured gradient, laid out as the kernel expects."""
     batch, heads, lq, lk = (call.sizes[n] for n in ("B", "H", "Lq", "Lk"))
     if grad.level is Level.GRID:
-        return torch.zeros((batch, heads, blocks))
+        return _zeros((batch, heads, blocks))
     if grad.level is Level.ROW:
-        return torch.zeros((batch, heads, lq))
+        return _zeros((batch, heads, lq))
     if grad.level is Level.COL:
-        return torch.zeros((splits, batch, heads, lk))
+        return _zeros((batch, heads, lk))
     private = set(private_axes(grad.load))
     shape = call.tensors[grad.load.tensor].shape
     for index, n in zip(grad.load.indices, shape, strict=True):
@@ -100,14 +110,14 @@ def _buffer(call: Call, grad: CapturedGrad, splits: int, blocks: int) -> Tensor:
             needed = {"b": batch, "h": heads, "q": lq}[index.axis]
             if n < needed:
                 private.add(index.axis)
-    shares = [
-        n if axis in private else 1 for axis, n in zip("bhq", (call.k.shape[0], call.k.shape[1], splits), strict=True)
+    counts = [
+        n if axis in private else 1 for axis, n in zip("bhq", (call.k.shape[0], call.k.shape[1], shares), strict=True)
     ]
-    floats = shares[0] * shares[1] * shares[2] * max(1, shape.numel())
+    floats = math.prod(counts) * max(1, shape.numel())
     if floats > BUFFER_LIMIT:
         raise Unavailable(f"the gradient of {grad.load.tensor} would need {floats * 4 >> 20} MB of buffers")
-    out = torch.zeros((*shares, *shape))
-    strides = [0 if n == 1 else s for n, s in zip(shares, out.stride(), strict=False)]
+    out = _zeros((*counts, *shape))
+    strides = [0 if n == 1 else s for n, s in zip(counts, out.stride(), strict=False)]
     return out.as_strided(out.shape, (*strides, *out.stride()[3:]))
 
 
@@ -115,9 +125,10 @@ def _gather(call: Call, grad: CapturedGrad, buffer: Tensor) -> Tensor:
     """Bring the sums of one gradient to the shape of the tensor, always in the same order."""
     match grad.level:
         case Level.PAIR:
-            return buffer.sum((0, 1, 2))
+            shared = [d for d in range(3) if buffer.shape[d] > 1]
+            return (buffer.sum(shared, keepdim=True) if shared else buffer)[0, 0, 0]
         case Level.GRID:
             return bring_back(call, grad.load, buffer.sum(-1), "bh")
         case Level.ROW:
             return bring_back(call, grad.load, buffer, "bhq")
-    return bring_back(call, grad.load, buffer.sum(0), "bhk")
+    return bring_back(call, grad.load, buffer, "bhk")

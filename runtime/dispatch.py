@@ -10,14 +10,14 @@ from typing import TypeAlias
 
 import torch
 
-from attnlang.ir import UsageError
+from attnlang.ir import OUTPUT_NAMES, UsageError
 
-from . import autograd, eager
+from . import autograd, eager, stages
 from .bind import suggest
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["BACKENDS", "attend", "backward_of", "check_backend"]
+__all__ = ["BACKENDS", "attend", "backward_of", "check_backend", "run"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -83,12 +83,32 @@ def _choose(call: Call) -> str:
 
 def _batched(call: Call) -> bool:
     """Whether an operand is a batch in the sense of vmap, which has no memory a kernel could read."""
-    return any(map(torch._C._functorch.is_batchedtensor, (call.q, call.k, call.v)))
+    return any(map(_is_batch, (call.q, call.k, call.v)))
+
+
+def _is_batch(t: torch.Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)  # vmap of grad: the batch is inside
+    return False
 
 
 def backward_of(call: Call, backend: str | None = None) -> autograd.Backward | None:
     """Return the backward kernels that belong to :func:`attend` of the same arguments, or None."""
     return _backward(backend or _choose(call))
+
+
+def run(call: Call, backend: str | None = None) -> dict[str, Tensor]:
+    """Return every result of the program of ``call`` by name, recorded by autograd where it has to be.
+
+    Raises:
+        Unavailable: ``backend`` was named and cannot run this call.
+    """
+    if call.program.standard:
+        return dict(zip(OUTPUT_NAMES, attend(call, backend), strict=True))
+    return stages.run(call, functools.partial(attend, backend=backend), backend)
 
 
 def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:

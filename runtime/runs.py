@@ -7,8 +7,10 @@ operation moves. A tensor that has no version counter (made in inference mode, o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -22,7 +24,7 @@ from attnlang.ir import Expr, Index, Load, Param, Program, Scalar, Size, postord
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
 
-__all__ = ["RunMaps", "Runs", "run_maps"]
+__all__ = ["RunMaps", "Runs", "run_maps", "warn_blind"]
 
 Tile: TypeAlias = tuple[int, int]
 Key: TypeAlias = tuple[Any, ...]
@@ -56,7 +58,8 @@ def _fingerprint(t: torch.Tensor) -> tuple[Key, weakref.ref[torch.Tensor] | None
     """Identify the contents of ``t``; the reference, if any, must stay alive for the key to mean anything."""
     kind = (str(t.dtype), tuple(t.shape), str(t.device))
     if t.device.type == "cpu" and t.numel() * t.element_size() <= HASHED_BYTES:
-        data = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        # one element, or none, may have any stride, and then a view of its bytes is refused
+        data = t.detach().contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy()
         return (*kind, hashlib.sha1(data.data, usedforsecurity=False).digest()), None
     if t.is_inference():
         return None
@@ -84,6 +87,21 @@ class Runs:
         return form is not None and form.exact and form.holds(self.sizes, self.params, _storage(self.tensors))
 
 
+@functools.lru_cache(maxsize=CAPACITY)
+def warn_blind(mask: Expr, name: str) -> None:
+    """A mask that hides everything is more often a mistake than wanted; say so, once for each mask."""
+    reason = (
+        "what its captured tensors hold"
+        if any(isinstance(n, Load) for n in postorder(mask))
+        else "it contradicts itself"
+    )
+    warnings.warn(
+        f"{name}: no query can see any key at these lengths ({reason}); the output is zero",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+
+
 class RunMaps:
     """A small, thread-safe cache of run maps; the least recently used one is dropped first."""
 
@@ -106,7 +124,10 @@ class RunMaps:
         def find(tile: Tile) -> RunMap:
             if not base:
                 base.append(self._key(program.mask, sizes, params, tensors))
-            return self._get(base[0], tile, lambda: _made(program, sizes, params, tensors, tile))
+            found = self._get(base[0], tile, lambda: _made(program, sizes, params, tensors, tile))
+            if found.always_empty and found.rows and found.sizes[1]:
+                warn_blind(program.mask, program.name)
+            return found
 
         return Runs(find, program, sizes, params, tensors)
 

@@ -5,26 +5,25 @@ Works with ``TRITON_INTERPRET=1`` on CPU tensors, like the forward pass.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attnlang.codegen.plan import CapturedGrad, KernelPlan, make_plan
+from attnlang.codegen.plan import CapturedGrad, KernelPlan
 from attnlang.codegen.scatter import Scatter, scatter_of
-from attnlang.codegen.triton import Config
-from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_queries
+from attnlang.codegen.triton_backward import emit_keys, emit_queries
+from attnlang.codegen.triton_backward_arguments import KEYS, LOOP, QUERIES, belongs
 from attnlang.codegen.triton_backward_tiles import candidates
+from attnlang.codegen.triton_common import Config
 from attnlang.ir import KEY_ADDRESS, Const, Index
 from attnlang.passes.levels import Level
 
-from . import triton as forward_pass
 from .call import Call
 from .captured_grads import Gradients, bring_back, total
 from .errors import Unavailable
+from .triton_common import Kernel, Kernels, captured_arguments, check, plan_key, plan_of, table_of
 
 __all__ = ["Gradients", "backward"]
 
@@ -36,68 +35,31 @@ INSTANCES = 512
 """Program instances wanted where sums along diagonals are private to each; a constant, so that sums do not depend on
 the device."""
 
-_EMIT = {QUERIES: emit_queries, KEYS: emit_keys}
-
-
-@dataclass
-class _Pass(forward_pass._Kernel):
-    """One of the two kernels with its candidate tiles, and the one a launch settled on."""
-
-    kernel: str = QUERIES
-
-    def launcher(self, config: Config) -> Callable[..., Any]:
-        """Return ``launch`` of the generated module at a tile."""
-        if config not in self.loaded:
-            source = _EMIT[self.kernel](self.plan, config, interpreted=forward_pass._interpreted())
-            self.loaded[config] = forward_pass._load(source).launch
-        return self.loaded[config]
-
 
 @dataclass(frozen=True)
-class _Kernels:
-    """Both kernels of a plan; they hold the program, so its id stays taken."""
+class _Pair:
+    """Both kernels of a plan."""
 
     plan: KernelPlan
-    queries: _Pass
-    keys: _Pass
+    queries: Kernel
+    keys: Kernel
 
 
-_kernels: OrderedDict[Any, _Kernels] = OrderedDict()
-_lock = threading.Lock()
+_kernels: Kernels[_Pair] = Kernels()
 
 
-def _kernel(call: Call, target: str, wanted: tuple[str, ...]) -> _Kernels:
-    storage = tuple(call.storage.items())
-    dims = (call.q.shape[3], call.v.shape[3])
-    wide = forward_pass._needs_wide(call)
-    closed = forward_pass.closed_loops(call, "kq")
-    key = (id(call.program), call.q.dtype, dims, storage, wide, target, wanted, closed)
-    with _lock:
-        found = _kernels.get(key)
-        if found is not None:
-            _kernels.move_to_end(key)
-            return found
-    plan = make_plan(
-        call.program,
-        dtype=forward_pass._DTYPES[call.q.dtype],
-        head_dim=dims[0],
-        value_dim=dims[1],
-        storage=dict(storage),
-        wide=wide,
-        backward=True,
-        captured_grads=wanted,
-        closed=closed,
-    )
-    passes = (_Pass(call.program, plan, candidates(plan, kernel, target), kernel=kernel) for kernel in (QUERIES, KEYS))
-    with _lock:
-        made = _kernels.setdefault(key, _Kernels(plan, *passes))
-        while len(_kernels) > forward_pass.MAX_KERNELS:
-            _kernels.popitem(last=False)
-    return made
+def _kernel(call: Call, target: str, wanted: tuple[str, ...]) -> _Pair:
+    def make() -> _Pair:
+        plan = plan_of(call, backward=True, captured_grads=wanted)
+        queries = Kernel(call.program, plan, target, candidates(plan, QUERIES, target), emit_queries)
+        keys = Kernel(call.program, plan, target, candidates(plan, KEYS, target), emit_keys)
+        return _Pair(plan, queries, keys)
+
+    return _kernels.get((*plan_key(call, target), wanted), make)
 
 
 def _check(call: Call) -> str:
-    target = forward_pass._check(call)
+    target = check(call)
     (term,) = call.program.attend.terms
     values = next(x.rows for x in call.program.attend.outputs if x.rows is not None)
     if term.right.address != KEY_ADDRESS or values.address != KEY_ADDRESS:
@@ -218,8 +180,9 @@ def backward(
     dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
     has_fixed = any(_scatter(g) is Scatter.FIXED for g in kernels.plan.grads)
     unit = _unit(call, do, dlse) if has_fixed else lse.new_ones(1)
-    sums = _run(call, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse), unit, target)
-    sums |= _run(call, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta), unit, target)
+    run = functools.partial(_run, call, unit=unit)
+    sums = run(QUERIES, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse))
+    sums |= run(KEYS, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta))
     parts = [sums[i].result() for i in range(len(kernels.plan.grads))]
     return Gradients(dq, dk, dv, total(call, wanted, kernels.plan.grads, parts))
 
@@ -238,23 +201,20 @@ def _unit(call: Call, do: Tensor, dlse: Tensor) -> Tensor:
     return torch.where(torch.isfinite(bound), unit, torch.nan).float().reshape(1)
 
 
-def _run(call: Call, kernel: _Pass, operands: tuple[Tensor, ...], unit: Tensor, target: str) -> dict[int, _Sums]:
-    """Launch one kernel; return the sums it made, by the number of the gradient."""
-    captured = forward_pass._arguments(call, kernel.plan)
+def _run(call: Call, which: str, kernel: Kernel, operands: tuple[Tensor, ...], *, unit: Tensor) -> dict[int, _Sums]:
+    """Launch the queries or the keys kernel; return the sums it made, by the number of the gradient."""
+    captured = captured_arguments(call, kernel.plan)
     grads = kernel.plan.grads
-    own = [i for i, g in enumerate(grads) if (g.level is Level.COL) == (kernel.kernel == KEYS)]
+    own = [i for i, g in enumerate(grads) if belongs(g, which)]
     made: dict[int, _Sums] = {}
 
-    def launch(config: Config) -> int:
+    def arguments(config: Config) -> tuple[Any, ...]:
         tiles = -(-call.sizes["Lq"] // config.block_m)
-        shares = _shares(call, grads, tiles) if kernel.kernel == QUERIES else None
+        shares = _shares(call, grads, tiles) if which == QUERIES else None
         made.update((i, _Sums(call, grads[i], tiles, shares or 1, unit)) for i in own)
         buffers = [argument for i in own for argument in made[i].arguments] + ([] if shares is None else [shares])
-        table = forward_pass.table_of(call, kernel.plan, config, "k" if kernel.kernel == QUERIES else "q")
-        return forward_pass._launch(kernel.launcher(config), (*operands, call.scale, *captured, *buffers, *table))
+        table = table_of(call, kernel.plan, config, LOOP[which])
+        return (*operands, call.scale, *captured, *buffers, *table)
 
-    if kernel.chosen is None:
-        kernel.chosen = forward_pass._settle(kernel, launch, target)
-    else:
-        launch(kernel.chosen)
+    kernel.run(arguments)
     return made

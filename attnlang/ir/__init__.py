@@ -1,31 +1,36 @@
 """Intermediate representation: expressions, programs and their reference semantics. Imports nothing of ours."""
 
-from . import build
+from . import build, normalizers
 from .errors import AttnlangError, ProgramError, UsageError
 from .evaluate import Environment, evaluate
+from .mapping import map_record
 from .nodes import AXES, Const, Expr, Index, Input, Load, Op, Param, Scalar, Size, postorder, rewrite, substitute
 from .ops import OPS, OpSpec, promote_args, result_type
 from .printer import canonical, digest, format_expr, format_program
-from .program import (
-    BUILTIN_SIZES,
+from .program import BUILTIN_SIZES, HEAD_SIZES, Program, ScalarParam, TensorParam, simple
+from .reference import dense_mask, reference, reference_attention, run_stages
+from .semantics import Region, attend_region, finish, is_map, output_shape, reads_pair
+from .stages import (
+    DEFAULT_OUTPUTS,
     KEY_ADDRESS,
+    OUTPUT_NAMES,
     QUERY_ADDRESS,
     SOFTMAX,
+    STAGE_INPUTS,
     Address,
     Attend,
     Branch,
     Dot,
+    Map,
     Normalizer,
     Operand,
     Output,
-    Program,
-    ScalarParam,
+    Pool,
+    Select,
     Stage,
     Stat,
-    TensorParam,
-    simple,
+    stat,
 )
-from .reference import dense_mask, dense_scores, reference_attention
 from .types import BOOL, FLOAT, INT, Type, join
 from .verify import InvalidProgram, verify
 
@@ -33,12 +38,16 @@ __all__ = [
     "AXES",
     "BOOL",
     "BUILTIN_SIZES",
+    "DEFAULT_OUTPUTS",
     "FLOAT",
+    "HEAD_SIZES",
     "INT",
     "KEY_ADDRESS",
     "OPS",
+    "OUTPUT_NAMES",
     "QUERY_ADDRESS",
     "SOFTMAX",
+    "STAGE_INPUTS",
     "Address",
     "Attend",
     "AttnlangError",
@@ -51,37 +60,50 @@ __all__ = [
     "Input",
     "InvalidProgram",
     "Load",
+    "Map",
     "Normalizer",
     "Op",
     "OpSpec",
     "Operand",
     "Output",
     "Param",
+    "Pool",
     "Program",
     "ProgramError",
+    "Region",
     "Scalar",
     "ScalarParam",
+    "Select",
     "Size",
     "Stage",
     "Stat",
     "TensorParam",
     "Type",
     "UsageError",
+    "attend_region",
     "build",
     "canonical",
     "dense_mask",
-    "dense_scores",
     "digest",
     "evaluate",
+    "finish",
     "format_expr",
     "format_program",
+    "is_map",
     "join",
+    "map_record",
+    "normalizers",
+    "output_shape",
     "postorder",
     "promote_args",
+    "reads_pair",
+    "reference",
     "reference_attention",
     "result_type",
     "rewrite",
+    "run_stages",
     "simple",
+    "stat",
     "substitute",
     "verify",
 ]

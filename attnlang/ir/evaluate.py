@@ -21,8 +21,8 @@ class Environment:
     """Values for the leaves of an expression.
 
     ``indices``: int64 tensors for the axes, shaped so that they broadcast against each other and against ``inputs``.
-    ``sizes``, ``params``: numbers (a param may be a 0-d tensor). ``tensors``: captured tensors of any dtype.
-    ``float_dtype``: dtype of every float value.
+    ``sizes``, ``params``: numbers (a param may be a 0-d tensor). ``tensors``: captured tensors of any dtype and outputs
+    of earlier stages. ``operands``: q, k and v of the call, for stages. ``float_dtype``: dtype of every float value.
     """
 
     indices: Mapping[str, Tensor] = field(default_factory=dict)
@@ -32,6 +32,15 @@ class Environment:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     float_dtype: torch.dtype = torch.float64
     device: torch.device | str = "cpu"
+    operands: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor a load reads; a captured tensor may have the name of an operand."""
+        return self.tensors[name] if name in self.tensors else self.operands[name]
+
+    def rows(self, source: str) -> Tensor:
+        """The tensor whose rows an operand of a stage reads."""
+        return self.operands[source] if source in self.operands else self.tensors[source]
 
     def dtype(self, type_: Type) -> torch.dtype:
         return torch.bool if type_ is BOOL else torch.int64 if type_ is INT else self.float_dtype
@@ -43,7 +52,7 @@ class Environment:
 
 
 def _load(node: Load, env: Environment, done: Mapping[Expr, Tensor]) -> Tensor:
-    tensor = env.tensors[node.tensor]
+    tensor = env.tensor(node.tensor)
     index = [done[i].clamp(0, max(n - 1, 0)) for i, n in zip(node.indices, tensor.shape, strict=True)]
     if tensor.numel() == 0:
         shape = torch.broadcast_shapes(*(i.shape for i in index))

@@ -34,7 +34,8 @@ __all__ = [
 Scalar: TypeAlias = bool | int | float
 
 AXES = ("b", "h", "q", "k")
-"""Names of the index axes: batch element, query head, query position, key position."""
+"""Names of the index axes: batch element, query head, query position, key position. Terms and row maps also have ``d``,
+the feature."""
 
 _interned: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
@@ -137,19 +138,18 @@ class Size(Expr):
 class Input(Expr):
     """A value the core hands to a hook, such as the score ``s``.
 
-    ``axes`` are the axes it varies over; ``final`` marks a row statistic that exists only after the key loop.
+    ``axes`` are the axes it varies over.
     """
 
     name: str
     type: Type
     axes: str = "bhqk"
-    final: bool = False
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.name, self.type, self.axes, self.final)
+        return (self.name, self.type, self.axes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Input, (self.name, self.type, self.axes, self.final))
+        return (Input, (self.name, self.type, self.axes))
 
 
 @dataclass(frozen=True, eq=False, repr=False, slots=True)

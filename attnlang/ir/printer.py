@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 from .build import TRUE
 from .nodes import Const, Expr, Index, Input, Load, Op, Param, Size, postorder
 from .ops import OPS
 from .program import Program
+from .stages import DEFAULT_OUTPUTS, SOFTMAX, Attend, Dot, Map, Pool, Select, Stage
 
 __all__ = ["canonical", "digest", "format_expr", "format_program"]
 
@@ -25,10 +27,8 @@ def _leaf(node: Expr) -> str:
     match node:
         case Const(value=value):
             return _literal(value)
-        case Index(axis=name) | Size(name=name) | Param(name=name):
+        case Index(axis=name) | Size(name=name) | Param(name=name) | Input(name=name):
             return name
-        case Input(name=name, final=final):
-            return name + "_final" * final
     raise TypeError(f"not a leaf: {type(node).__name__}")
 
 
@@ -71,6 +71,55 @@ def format_expr(expr: Expr) -> str:
     return done[expr][0]
 
 
+def _format_attend(stage: Attend) -> Iterator[str]:
+    for term in stage.terms:
+        if term != Dot():
+            rows = [f"{o.source}[{', '.join(map(format_expr, o.index))}]" for o in (term.left, term.right)]
+            body = "" if term.body is None else f", {format_expr(term.body)}"
+            yield f"term {term.name} = dot({', '.join(rows)}{body})"
+    for number, branch in enumerate(stage.branches):
+        if len(stage.branches) > 1:
+            yield f"branch {number}:"
+        if branch.mask is not TRUE:
+            yield f"mask = {format_expr(branch.mask)}"
+        yield f"score = {format_expr(branch.score)}"
+        if branch.group is not None and branch.groups is not None:
+            yield f"group = {format_expr(branch.group)}, {format_expr(branch.groups)}"
+        if branch.normalizer != SOFTMAX:
+            for found in branch.normalizer.stats:
+                seed = "" if found.seed is None else f", seed {format_expr(found.seed)}"
+                grouped = " by group" if found.grouped else ""
+                yield f"stat {found.name} = {found.monoid}({format_expr(found.lift)}){grouped}{seed}"
+            yield f"normalize = {format_expr(branch.normalizer.weight)}"
+        if branch.weight is not None:
+            yield f"weights = {format_expr(branch.weight)}"
+    for out in stage.outputs:
+        if out not in DEFAULT_OUTPUTS:
+            key = "".join(f"[{format_expr(e)}: {format_expr(n)}]" for e, n in zip(out.key, out.extents, strict=True))
+            source = "" if out.rows is None else f" * {out.rows.source}"
+            yield f"output {out.name}{key} = {out.monoid}_{out.over or 'none'}({format_expr(out.value)}{source})"
+
+
+def format_stage(stage: Stage, alone: bool = True) -> list[str]:
+    """Return a stage as lines in the manner of the ``.attn`` language."""
+    if isinstance(stage, Attend):
+        lines = list(_format_attend(stage))
+        return lines if alone else [f"attend {stage.name}:", *(f"    {line}" for line in lines)]
+    if isinstance(stage, Map):
+        lets = [f"let {name} = {monoid}_d({format_expr(e)})" for name, monoid, e in stage.lets]
+        extents = ", ".join(map(format_expr, stage.extents))
+        return [*lets, f"rows {stage.name}[{extents}] = {format_expr(stage.value)}"]
+    if isinstance(stage, Pool):
+        stride = "" if stage.stride is None else f", stride={format_expr(stage.stride)}"
+        return [f"pool {stage.name} = {stage.how}({stage.source}, {format_expr(stage.block)}{stride})"]
+    given = {n: getattr(stage, n) for n in ("top", "threshold", "mass") if getattr(stage, n) is not None}
+    rules = ", ".join(f"{n}={format_expr(e)}" for n, e in given.items())
+    return [
+        f"select {stage.name}[{', '.join(map(format_expr, stage.extents))}] = {format_expr(stage.score)}, {rules}, "
+        f"candidates={format_expr(stage.candidates)}, forced={format_expr(stage.forced)}"
+    ]
+
+
 def format_program(program: Program) -> str:
     """Return a readable summary of ``program`` in the shape of an ``.attn`` pattern."""
     params = []
@@ -82,15 +131,36 @@ def format_program(program: Program) -> str:
         params.append(f"{tensor.name}: {tensor.type}[{dims}]")
     lines = [f"pattern {program.name}({', '.join(params)}):"]
     for stage in program.stages:
-        for branch in stage.branches:
-            if branch.mask is not TRUE:
-                lines.append(f"    mask = {format_expr(branch.mask)}")
-            lines.append(f"    score = {format_expr(branch.score)}")
-            if branch.normalizer.name != "softmax":
-                lines.append(f"    normalize = {branch.normalizer.name}: {format_expr(branch.normalizer.basis)}")
-            if branch.weight is not None:
-                lines.append(f"    weights = {format_expr(branch.weight)}")
+        lines += [f"    {line}" for line in format_stage(stage, alone=len(program.stages) == 1)]
+    if program.returns:
+        lines.append(f"    return {', '.join(program.returns)}")
     return "\n".join(lines)
+
+
+def _structure(stage: Stage) -> list[str]:
+    """What of a stage is not an expression, and which of its optional expressions there are."""
+    if isinstance(stage, Map):
+        return [f"map {stage.name} " + " ".join(f"{name}:{monoid}" for name, monoid, _ in stage.lets)]
+    if isinstance(stage, Pool):
+        return [f"pool {stage.name} {stage.source} {stage.how} {int(stage.stride is not None)}"]
+    if isinstance(stage, Select):
+        given = [n for n in ("top", "threshold", "mass") if getattr(stage, n) is not None]
+        return [f"select {stage.name} {' '.join(given)}"]
+    lines = [
+        f"term {t.name} {t.left.source}:{len(t.left.index)} {t.right.source}:{len(t.right.index)} {t.body is not None}"
+        for t in stage.terms
+    ]
+    for branch in stage.branches:
+        stats = " ".join(
+            f"{t.name}:{t.monoid}:{int(t.seed is not None)}:{int(t.grouped)}" for t in branch.normalizer.stats
+        )
+        lines.append(f"branch {stats} weight={int(branch.weight is not None)} group={int(branch.group is not None)}")
+    for out in stage.outputs:
+        source = f"{out.rows.source}:{len(out.rows.index)}" if out.rows else "-"
+        shape = f"keys={len(out.key)} branch={out.branch} empty={out.empty!r}"
+        lines.append(f"output {out.name} {source} over={out.over} {out.monoid} {shape}")
+    lines += [f"position {axis}" for axis, _ in stage.position]
+    return lines
 
 
 def canonical(program: Program) -> str:
@@ -127,18 +197,10 @@ def canonical(program: Program) -> str:
     for stage in program.stages:
         roots = stage.roots()
         add(*roots)
-        lines.append("attend " + " ".join(f"%{number[r]}" for r in roots))
-        lines += [f"term {t.name} {t.left.source} {t.right.source}" for t in stage.terms]
-        for branch in stage.branches:
-            norm = branch.normalizer
-            stats = " ".join(f"{t.name}:{t.monoid}:{t.shift}:{int(t.seed is not None)}" for t in norm.stats)
-            hooks = f"weight={int(branch.weight is not None)} group={int(branch.group is not None)}"
-            lines.append(f"branch {stats} {norm.empty_row} {hooks}")
-        for out in stage.outputs:
-            rows = out.rows.source if out.rows else "-"
-            shape = f"value={int(out.value is not None)} keys={len(out.key)} branch={out.branch}"
-            lines.append(f"output {out.name} {rows} over={out.over} {out.monoid} {shape}")
-        lines += [f"position {axis}" for axis, _ in stage.position]
+        lines.append(f"{type(stage).__name__.lower()} " + " ".join(f"%{number[r]}" for r in roots))
+        lines += _structure(stage)
+    if program.returns:
+        lines.append(f"return {' '.join(program.returns)}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The reference semantics: dense attention in float64, written to be read rather than to be fast.
+"""The reference semantics: the stages of a program one after the other, dense, in float64.
 
 A pair (q, k) that the mask excludes does not exist: its score is never evaluated. A row without visible keys, or whose
 scores are all -inf, has output 0 and lse -inf. Everything here is built of differentiable torch operations, so its
@@ -7,48 +7,23 @@ autograd gradients are the reference for gradients.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
+from .build import s
 from .evaluate import Environment, evaluate
 from .nodes import Scalar
-from .program import Address, Program
+from .program import Program
+from .rowstages import run_rows
+from .semantics import Region, attend_region, finish
+from .stages import Attend, Output
 
-__all__ = ["dense_mask", "dense_scores", "reference_attention"]
+__all__ = ["dense_mask", "dense_scores", "reference", "reference_attention", "run_stages"]
 
 Tensor = torch.Tensor
-
-
-def _axes(batch: int, heads: int, lq: int, lk: int, device: torch.device) -> dict[str, Tensor]:
-    def along(n: int, dim: int) -> Tensor:
-        return torch.arange(n, device=device).view([-1 if d == dim else 1 for d in range(4)])
-
-    return {"b": along(batch, 0), "h": along(heads, 1), "q": along(lq, 2), "k": along(lk, 3)}
-
-
-def _rows(operand: Tensor, address: Address, env: Environment, axis: str, shape: tuple[int, ...]) -> Tensor:
-    """Gather rows of ``operand`` [B, H, L, D] by an address map into [B, H, rows, D]."""
-    dim = 2 if axis == "q" else 3
-    where = [evaluate(e, env) for e in (address.batch, address.head, address.row)]
-    index = [w.expand([shape[d] if d in (0, 1, dim) else 1 for d in range(4)]).squeeze(5 - dim) for w in where]
-    index = [i.clamp(0, max(n - 1, 0)) for i, n in zip(index, operand.shape, strict=False)]
-    if operand.numel() == 0:
-        return operand.new_zeros((*index[0].shape, operand.shape[-1]), dtype=env.float_dtype)
-    return operand[tuple(index)].to(env.float_dtype)
-
-
-def _environment(
-    program: Program,
-    sizes: Mapping[str, int],
-    params: Mapping[str, Scalar | Tensor],
-    tensors: Mapping[str, Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Environment:
-    axes = _axes(sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"], device)
-    return Environment(axes, sizes, params, tensors, {}, dtype, device)
+RunAttend = Callable[[Attend, Environment], dict[str, Tensor]]
 
 
 def dense_mask(
@@ -59,9 +34,54 @@ def dense_mask(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return the mask as a bool tensor [B, H, Lq, Lk]."""
-    env = _environment(program, sizes, params or {}, tensors or {}, torch.device(device), torch.float64)
     shape = (sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"])
+    axes = {
+        axis: torch.arange(n, device=device).view([-1 if d == i else 1 for d in range(4)])
+        for i, (axis, n) in enumerate(zip("bhqk", shape, strict=True))
+    }
+    env = Environment(axes, sizes, params or {}, tensors or {}, {}, torch.float64, torch.device(device))
     return evaluate(program.mask, env).expand(shape)
+
+
+def run_stages(program: Program, env: Environment, attend: RunAttend) -> dict[str, Tensor]:
+    """Run the stages in order and return everything they make, by name.
+
+    ``env`` binds sizes, parameters, captured tensors and the operands q, k and v; ``attend`` runs one Attend stage.
+    """
+    made: dict[str, Tensor] = {}
+    for stage in program.stages:
+        here = replace(env, tensors={**env.tensors, **made})
+        if isinstance(stage, Attend):
+            made |= attend(stage, here)
+        else:
+            made[stage.name] = run_rows(stage, here)
+    return made
+
+
+def reference(
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Scalar | Tensor],
+    tensors: Mapping[str, Tensor],
+    scale: float,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """Return every result of the program by name, evaluated densely in ``dtype``.
+
+    Shapes: q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]. Memory is O(B H Lq Lk).
+    """
+    env = Environment({}, sizes, params, tensors, {}, dtype, q.device, {"q": q, "k": k, "v": v})
+
+    def dense(stage: Attend, here: Environment) -> dict[str, Tensor]:
+        lq, lk = (int(evaluate(e, here)) for e in stage.lengths)
+        found = attend_region(stage, here, Region.whole(sizes["B"], sizes["H"], lq, lk, q.device), scale)
+        return {out.name: finish(out, found[out.name]) for out in stage.outputs}
+
+    made = run_stages(program, env, dense)
+    return {name: made[name] for name in program.results}
 
 
 def dense_scores(
@@ -73,23 +93,12 @@ def dense_scores(
     tensors: Mapping[str, Tensor],
     scale: float,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Return modified scores [B, H, Lq, Lk] with -inf where masked, and the mask."""
-    env = _environment(program, sizes, params, tensors, q.device, dtype)
-    (term,) = program.attend.terms
-    shape = (sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"])
-    mask = evaluate(program.mask, env).expand(shape)
-    rows_q = _rows(q, term.left.address, env, "q", shape)
-    rows_k = _rows(k, term.right.address, env, "k", shape)
-    raw = (rows_q @ rows_k.transpose(-1, -2)) * scale
-    # only visible pairs are evaluated: log(s) or 1 / s of a masked pair must not reach a gradient
-    points = mask.nonzero(as_tuple=True)
-    visible = Environment(
-        dict(zip("bhqk", points, strict=True)), sizes, params, tensors, {"s": raw[points]}, dtype, q.device
-    )
-    values = evaluate(program.score, visible).expand(points[0].shape)
-    scores = torch.full(shape, -math.inf, dtype=dtype, device=q.device).index_put(points, values)
-    return scores, mask
+) -> Tensor:
+    """Return the modified scores [B, H, Lq, Lk] of a program of one stage and one branch, -inf where hidden."""
+    scores = Output("scores", s, over="", empty=float("-inf"))
+    stage = replace(program.attend, outputs=(scores,))
+    alone = replace(program, stages=(stage,), returns=("scores",))
+    return reference(alone, q, k, k, sizes, params, tensors, scale, dtype)["scores"]
 
 
 def reference_attention(
@@ -103,20 +112,6 @@ def reference_attention(
     scale: float,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [B, H, Lq, Dv] and the natural-log lse [B, H, Lq], both in ``dtype``.
-
-    Shapes: q [B, H, Lq, D], k [Bkv, Hkv, Lk, D], v [Bkv, Hkv, Lk, Dv]. Memory is O(B H Lq Lk).
-    """
-    scores, mask = dense_scores(program, q, k, sizes, params, tensors, scale, dtype)
-    shape = tuple(mask.shape)
-    env = _environment(program, sizes, params, tensors, q.device, dtype)
-    values = next(o.rows for o in program.attend.outputs if o.rows is not None)
-    rows_v = _rows(v, values.address, env, "k", shape)
-    if shape[-1] == 0:
-        empty = scores.new_full(shape[:-1], -math.inf)
-        return scores.new_zeros((*shape[:-1], v.shape[-1])), empty
-    visible = ~torch.isneginf(scores).all(-1)  # a score of -inf hides a pair as the mask does
-    lse = torch.logsumexp(scores.masked_fill(~visible[..., None], 0.0), -1)
-    weights = torch.exp(scores - lse[..., None])
-    weights = weights.masked_fill(~visible[..., None], 0.0)
-    return weights @ rows_v, lse.masked_fill(~visible, -math.inf)
+    """Return the output [B, H, Lq, Dv] and the natural-log lse [B, H, Lq] of a program that has both."""
+    made = reference(program, q, k, v, sizes, params, tensors, scale, dtype)
+    return made["o"], made["lse"]

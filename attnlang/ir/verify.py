@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .errors import ProgramError
-from .nodes import AXES, Expr, Index, Input, Load, Op, Param, Size, postorder
+from .nodes import AXES, Expr, Index, Load, Op, Param, Size, postorder
 from .ops import OPS, result_type
-from .program import BUILTIN_SIZES, DEFAULT_OUTPUTS, NAME, SOFTMAX, Program
-from .types import BOOL, FLOAT, INT
+from .program import BUILTIN_SIZES, HEAD_SIZES, NAME, Program
+from .stages import STAGE_INPUTS
+from .types import FLOAT, INT
+from .verify_stages import Made, check_stage, made_by
 
 __all__ = ["InvalidProgram", "verify"]
 
 MAX_NODES = 20_000
+OPERANDS = dict.fromkeys(STAGE_INPUTS, Made(FLOAT, 4))
 
 
 class InvalidProgram(ProgramError):
@@ -30,12 +33,9 @@ def _check_names(program: Program) -> Iterator[str]:
             yield f"parameter {name!r} hides a built-in name"
 
 
-def _check_nodes(program: Program) -> Iterator[str]:
+def _check_nodes(program: Program, roots: tuple[Expr, ...], tensors: Mapping[str, Made]) -> Iterator[str]:
     scalars = {p.name: p for p in program.scalars}
-    tensors = {p.name: p for p in program.tensors}
-    sizes = set(BUILTIN_SIZES) | {d.name for t in program.tensors for d in t.shape if isinstance(d, Size)}
-    roots = [r for stage in program.stages for r in stage.roots()]
-    roots += [d for t in program.tensors for d in t.shape]
+    sizes = {*BUILTIN_SIZES, *HEAD_SIZES} | {d.name for t in program.tensors for d in t.shape if isinstance(d, Size)}
     count = 0
     for node in postorder(*roots):
         count += 1
@@ -55,8 +55,8 @@ def _check_nodes(program: Program) -> Iterator[str]:
                 if name not in tensors:
                     yield f"load of undeclared tensor {name!r}"
                     continue
-                if len(indices) != len(tensors[name].shape):
-                    yield f"{name} has {len(tensors[name].shape)} dimension(s), indexed with {len(indices)}"
+                if len(indices) != tensors[name].rank:
+                    yield f"{name} has {tensors[name].rank} dimension(s), indexed with {len(indices)}"
                 if type_ is not tensors[name].type:
                     yield f"load of {name} has type {type_}, declared {tensors[name].type}"
                 if any(i.type is not INT for i in indices):
@@ -70,41 +70,29 @@ def _check_nodes(program: Program) -> Iterator[str]:
                 if name not in sizes:
                     yield f"unknown size {name!r}"
             case Index(axis=axis):
-                if axis not in AXES:
+                if axis not in (*AXES, "d"):
                     yield f"unknown index {axis!r}"
     if count > MAX_NODES:
         yield f"the program has {count} nodes; the limit is {MAX_NODES}"
 
 
-def _inputs(expr: Expr) -> set[str]:
-    return {n.name for n in postorder(expr) if isinstance(n, Input)}
-
-
-def _check_stages(program: Program) -> Iterator[str]:
-    if len(program.stages) != 1:
-        yield f"programs of {len(program.stages)} stages are reserved: exactly one Attend stage can be compiled so far"
+def _check_program(program: Program) -> Iterator[str]:
+    """Check the stages in order: each may read what the earlier ones made."""
+    known: dict[str, Made] = {t.name: Made(t.type, len(t.shape)) for t in program.tensors}
+    yield from _check_nodes(program, tuple(d for t in program.tensors for d in t.shape), known)
+    scalars = {p.name for p in program.scalars}
     for stage in program.stages:
-        terms = {t.name for t in stage.terms}
-        for branch in stage.branches:
-            if branch.mask.type is not BOOL:
-                yield f"mask has type {branch.mask.type}, expected bool"
-            if branch.score.type is not FLOAT:
-                yield f"score has type {branch.score.type}, expected float"
-            if extra := _inputs(branch.mask):
-                yield f"a mask cannot read {', '.join(sorted(extra))}"
-            if extra := _inputs(branch.score) - terms:
-                yield f"a score cannot read {', '.join(sorted(extra))}"
-        for what, used in (
-            ("several branches", len(stage.branches) != 1),
-            ("several score terms", len(stage.terms) != 1),
-            ("weights after normalisation", any(x.weight is not None for x in stage.branches)),
-            ("groups", any(x.group is not None for x in stage.branches)),
-            ("normalisers other than softmax", any(x.normalizer != SOFTMAX for x in stage.branches)),
-            ("outputs other than o and lse", stage.outputs != DEFAULT_OUTPUTS),
-            ("positions that differ from slots", bool(stage.position)),
-        ):
-            if used:
-                yield f"{what} are reserved in the IR but cannot be compiled yet"
+        yield from _check_nodes(program, stage.roots(), OPERANDS | known)
+        yield from check_stage(stage, known)
+        for name, made in made_by(stage).items():
+            if name in known or name in scalars:
+                yield f"output {name!r} has the name of something else"
+            if not NAME.match(name):
+                yield f"output name {name!r} is not an identifier"
+            known[name] = made
+    for name in program.results:
+        if name not in known or any(name == t.name for t in program.tensors):
+            yield f"no stage makes {name!r}, which the program returns"
 
 
 def verify(program: Program) -> Program:
@@ -113,7 +101,7 @@ def verify(program: Program) -> Program:
     Raises:
         InvalidProgram: with one line for each rule that is broken.
     """
-    problems = list(dict.fromkeys((*_check_names(program), *_check_nodes(program), *_check_stages(program))))
+    problems = list(dict.fromkeys((*_check_names(program), *_check_program(program))))
     if problems:
         raise InvalidProgram(f"program {program.name!r} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
     return program

@@ -122,7 +122,8 @@ def _abs(a: FloatRange, integral: bool) -> FloatRange:
 
 
 def _sign(a: FloatRange, integral: bool) -> FloatRange:
-    return FloatRange(np.sign(a.lo), np.sign(a.hi), a.nan)
+    lo, hi = np.sign(a.lo), np.sign(a.hi)  # the sign of NaN is 0 in PyTorch
+    return FloatRange(np.where(a.nan, np.minimum(lo, 0.0), lo), np.where(a.nan, np.maximum(hi, 0.0), hi), a.nan)
 
 
 def _extreme(pick: Callable[[Any, Any], Any]) -> Callable[[FloatRange, FloatRange, bool], FloatRange]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from attnlang.ir import BOOL, FLOAT, INT, OPS, Attend, Branch, Const, Expr, Op, Program, rewrite
+from attnlang.ir import BOOL, FLOAT, INT, OPS, Const, Expr, Op, Program, map_record, rewrite
 from attnlang.ir.build import FALSE, TRUE
 
 __all__ = ["map_program", "simplify"]
@@ -115,12 +115,5 @@ def simplify(expr: Expr) -> Expr:
 
 
 def map_program(program: Program, change: Callable[[Expr], Expr]) -> Program:
-    """Apply ``change`` to the mask and score of every branch."""
-
-    def branch(old: Branch) -> Branch:
-        return replace(old, mask=change(old.mask), score=change(old.score))
-
-    def stage(old: Attend) -> Attend:
-        return replace(old, branches=tuple(map(branch, old.branches)))
-
-    return replace(program, stages=tuple(map(stage, program.stages)))
+    """Apply ``change`` to every expression of every stage."""
+    return replace(program, stages=tuple(map_record(stage, change) for stage in program.stages))

@@ -2,8 +2,9 @@
 
 from .analyse import analyse
 from .classify import EMPTY, FULL, PARTIAL, classify_tile
+from .clauses import Clause, clause_report
 from .closed_form import ClosedForm, closed_form
-from .explain import Clause, Report, clause_report, explain
+from .explain import Efficiency, Report, explain
 from .layout import Layout, Proposal, propose_layouts
 from .runmap import LaunchTable, RunMap
 from .settle import settle, visible_pairs
@@ -14,6 +15,7 @@ __all__ = [
     "PARTIAL",
     "Clause",
     "ClosedForm",
+    "Efficiency",
     "LaunchTable",
     "Layout",
     "Proposal",

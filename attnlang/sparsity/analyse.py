@@ -9,7 +9,7 @@ import torch
 
 from attnlang.ir import Program, UsageError
 
-from .classify import Classifier, numbers, prepare
+from .classify import Classifier, prepare
 from .descend import descend
 from .refine import refine
 from .runmap import RunMap
@@ -48,7 +48,7 @@ def analyse(
         UsageError: something the mask reads has no value, or a size or tile is out of range.
     """
     check_sizes(sizes, tile)
-    classifier = Classifier(program.mask, sizes, numbers(params or {}, program), prepare(program, tensors or {}), tile)
+    classifier = Classifier(program.mask, sizes, *prepare(program, params or {}, tensors or {}), tile)
     batch = sizes.get("B", 1) if classifier.reads_axis("b") else 1
     heads = sizes.get("H", 1) if classifier.reads_axis("h") else 1
     runs = descend(classifier, tile, (sizes["Lq"], sizes["Lk"]), batch, heads)

@@ -20,15 +20,14 @@ BLOCK = 64
 Ranges = Sequence[Interval]
 
 
-def _numbers(tensor: torch.Tensor, type_: Type) -> np.ndarray:
-    host = tensor.detach()
+def _numbers(host: torch.Tensor, type_: Type) -> np.ndarray:
     if type_ is BOOL:
         host = host.to(torch.bool)
     elif type_ is INT:
         host = host.to(torch.int64) if host.dtype not in (torch.int32, torch.int64) else host
     elif host.dtype is not torch.float64:
         host = host.to(torch.float32)
-    return np.ascontiguousarray(host.cpu().numpy())
+    return np.ascontiguousarray(host.numpy())
 
 
 class _Line:
@@ -70,7 +69,7 @@ class _Line:
 
 
 class Captured:
-    """A captured tensor with the summaries its queries need, each built on first use.
+    """A captured tensor on the host with the summaries its queries need, each built on first use.
 
     Indices outside a dimension are clamped into it, as the IR defines; a tensor without elements reads as zero.
     """

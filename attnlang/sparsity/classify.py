@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnlang.ir import BOOL, INT, Expr, Program, Scalar
+from attnlang.ir import BOOL, INT, Expr, Load, Program, Scalar, postorder
 from attnlang.passes.intervals import NARROW_LIMIT, Array, Interval, Narrow, Truth
 
 from .captured import Captured
 from .domain import apply
 from .terms import AXIS_BITS, Linear, Node, Terms
+from .transfer import to_host
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "Boxes", "Classifier", "classify_tile"]
 
@@ -186,9 +187,19 @@ class Classifier:
         return np.broadcast_to(np.asarray(out[self.root], np.int64), (count,))
 
 
-def prepare(program: Program, tensors: Mapping[str, torch.Tensor]) -> dict[str, Captured]:
-    """Summaries of the captured tensors a program declares, as far as they are given."""
-    return {t.name: Captured(tensors[t.name], t.type) for t in program.tensors if t.name in tensors}
+def prepare(
+    program: Program, params: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Scalar], dict[str, Captured]]:
+    """Return parameter values as plain numbers, and summaries of the captured tensors that the mask reads.
+
+    Whatever of them is on a device comes to the host in one copy.
+    """
+    read = {node.tensor for node in postorder(program.mask) if isinstance(node, Load)}
+    captured = {t.name: t.type for t in program.tensors if t.name in read and t.name in tensors}
+    remote = {n: v for n, v in params.items() if isinstance(v, torch.Tensor)}
+    host = to_host({**remote, **{name: tensors[name].detach() for name in captured}})
+    known = numbers({**params, **{name: host[name] for name in remote}}, program)
+    return known, {name: Captured(host[name], type_) for name, type_ in captured.items()}
 
 
 def numbers(params: Mapping[str, Any], program: Program) -> dict[str, Scalar]:
@@ -213,7 +224,7 @@ def classify_tile(
     if q[0] >= q1 or k[0] >= k1:
         return EMPTY
     tile = (q1 - q[0], k1 - k[0])
-    classifier = Classifier(program.mask, sizes, numbers(params, program), prepare(program, tensors), tile)
+    classifier = Classifier(program.mask, sizes, *prepare(program, params, tensors), tile)
     one = [np.array([x], np.int64) for x in (b, h, q[0], q1 - 1, k[0], k1 - 1)]
     true, false = classifier.classify(Boxes(one[0], one[1], Interval(one[2], one[3]), Interval(one[4], one[5])))
     return PARTIAL if true[0] and false[0] else FULL if true[0] else EMPTY

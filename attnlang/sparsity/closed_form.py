@@ -41,7 +41,7 @@ from attnlang.passes.widths import INT_RANGES
 from .analyse import check_sizes
 from .classify import numbers
 from .runmap import FULL, PARTIAL, RunMap, build_runs
-from .solve import FIRST, LAST, LK, Keys, NoClosedForm, Solver, direction
+from .solve import FIRST, LAST, LK, Keys, NoClosedForm, Solver, direction, widths
 
 __all__ = [
     "KEY_TILE",
@@ -76,13 +76,14 @@ class Part:
     """Keys that rows q_first..q_last see, as int expressions.
 
     No row sees a key outside [touched_lo, touched_hi); every row sees every key in [full_lo, full_hi). The bounds are
-    not clamped to the keys, and an interval may be empty with lo > hi.
+    not clamped to the keys, and an interval may be empty with lo > hi; it is where one of ``widths`` is not positive.
     """
 
     touched_lo: Expr
     touched_hi: Expr
     full_lo: Expr
     full_hi: Expr
+    widths: tuple[Expr, ...] = ()
 
     @property
     def exprs(self) -> tuple[Expr, Expr, Expr, Expr]:
@@ -125,8 +126,8 @@ class ClosedForm:
 
     @cached_property
     def exprs(self) -> tuple[Expr, ...]:
-        """Every bound of every part."""
-        return tuple(e for part in self.parts for e in part.exprs)
+        """Every bound and width of every part."""
+        return tuple(e for part in self.parts for e in (*part.exprs, *part.widths))
 
     def tile_bounds(self, tile: Like, *, whole_edge: bool = False) -> tuple[TileBounds, ...]:
         """Return for each part its bounds in key tiles of ``tile`` keys; what parts share belongs to the first.
@@ -165,6 +166,8 @@ class ClosedForm:
 
     def _inside_all(self, part: Part) -> tuple[Expr, Expr, Expr, Expr]:
         low, high, full_low, full_high = map(self._inside, part.exprs)
+        for width in part.widths:
+            high, full_high = (op("where", op("gt", width, 0), x, 0) for x in (high, full_high))
         return low, high, full_low, full_high
 
     def _inside(self, bound: Expr) -> Expr:
@@ -321,11 +324,19 @@ def _solve(mask: Expr, loop: str) -> ClosedForm | None:
     except NoClosedForm:
         return None
     back: dict[Expr, Expr] = {LK: Size("Lq"), Size("Lq"): LK, FIRST: K_FIRST, LAST: K_LAST} if swap else {}
+
+    def again(expr: Expr) -> Expr:
+        return simplify(substitute(expr, back))
+
+    def part(keys: Keys, bounds: tuple[Expr, Expr, Expr, Expr]) -> Part:
+        low, high, full_low, full_high = map(again, bounds)
+        return Part(low, high, full_low, full_high, tuple(map(again, widths(keys))))
+
     ways = [direction(e) for x in union for e in (x.low, x.high)]
     return ClosedForm(
         mask,
-        tuple(Part(*(simplify(substitute(e, back)) for e in part)) for part in ends),
-        tuple(simplify(substitute(e, back)) for e in solver.requires),
+        tuple(part(x, bounds) for x, bounds in zip(union, ends, strict=True)),
+        tuple(map(again, solver.requires)),
         Size("Lq") if swap else LK,
         K_FIRST if swap else Q_FIRST,
         K_LAST if swap else Q_LAST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from attnlang.passes.intervals import COMPARISONS, RULES, TOP, Carrier, Interval
 if TYPE_CHECKING:
     from .terms import Node
 
-__all__ = ["apply"]
+__all__ = ["TRUTH_RULES", "apply"]
 
 
 def _as_bit(xp: Carrier, a: Truth) -> Interval:
@@ -30,47 +31,42 @@ def _select_float(c: Truth, a: FloatRange, b: FloatRange) -> FloatRange:
     return FloatRange(lo, hi, (c.true & a.nan) | (c.false & b.nan))
 
 
-def _conjunction(args: list[Truth]) -> Truth:
+def _conjunction(*args: Truth) -> Truth:
     true, false = args[0]
     for a in args[1:]:
         true, false = true & a.true, false | a.false
     return Truth(true, false)
 
 
-def _disjunction(args: list[Truth]) -> Truth:
+def _disjunction(*args: Truth) -> Truth:
     true, false = args[0]
     for a in args[1:]:
         true, false = true | a.true, false & a.false
     return Truth(true, false)
 
 
-def _truth(xp: Carrier, node: Node, args: list[Any]) -> Truth:
-    a = args[0]
-    match node.op:
-        case "lt0":
-            return Truth(a.lo < 0, a.hi >= 0)
-        case "eq0":
-            return Truth((a.lo <= 0) & (a.hi >= 0), (a.lo != 0) | (a.hi != 0))
-        case "lt" | "le" | "eq":
-            return COMPARISONS[node.op](a, args[1])
-        case "and":
-            return _conjunction(args)
-        case "or":
-            return _disjunction(args)
-        case "not":
-            return Truth(a.false, a.true)
-        case "xor":
-            b = args[1]
-            return Truth((a.true & b.false) | (a.false & b.true), (a.true & b.true) | (a.false & b.false))
-        case "ite":
-            b, c = args[1:]
-            return Truth((a.true & b.true) | (a.false & c.true), (a.true & b.false) | (a.false & c.false))
-        case "nonzero":
-            return FLOAT_COMPARISONS["ne"](a, FloatRange(0.0, 0.0, False))
-    return FLOAT_COMPARISONS[node.op[1:]](a, args[1])
+TRUTH_RULES: dict[str, Callable[..., Truth]] = {
+    "lt0": lambda a: Truth(a.lo < 0, a.hi >= 0),
+    "eq0": lambda a: Truth((a.lo <= 0) & (a.hi >= 0), (a.lo != 0) | (a.hi != 0)),
+    "lt": COMPARISONS["lt"],
+    "le": COMPARISONS["le"],
+    "eq": COMPARISONS["eq"],
+    "and": _conjunction,
+    "or": _disjunction,
+    "not": lambda a: Truth(a.false, a.true),
+    "xor": lambda a, b: Truth((a.true & b.false) | (a.false & b.true), (a.true & b.true) | (a.false & b.false)),
+    "ite": lambda c, a, b: Truth((c.true & a.true) | (c.false & b.true), (c.true & a.false) | (c.false & b.false)),
+    "nonzero": lambda a: FLOAT_COMPARISONS["ne"](a, FloatRange(0.0, 0.0, False)),
+}
+"""Nodes with a truth value beside comparisons of floats (``f`` and a name of FLOAT_COMPARISONS)."""
 
 
-def _float(xp: Carrier, node: Node, args: list[Any]) -> FloatRange:
+def _truth(node: Node, args: list[Any]) -> Truth:
+    rule = TRUTH_RULES.get(node.op)
+    return rule(*args) if rule else FLOAT_COMPARISONS[node.op[1:]](*args)
+
+
+def _float(node: Node, args: list[Any]) -> FloatRange:
     match node.op:
         case "const":
             return point(float.fromhex(node.data))
@@ -88,9 +84,9 @@ def apply(xp: Carrier, node: Node, args: list[Any], _: None = None) -> Any:
     ``np.errstate(all="ignore")``.
     """
     if node.type is BOOL:
-        return _truth(xp, node, args)
+        return _truth(node, args)
     if node.type is FLOAT:
-        return _float(xp, node, args)
+        return _float(node, args)
     match node.op:
         case "far":
             return TOP

@@ -9,9 +9,10 @@ from attnlang.ir import UsageError
 
 from .runmap import FULL, PARTIAL, RunMap, build_runs
 
-__all__ = ["from_block_mask", "to_block_mask_tensors"]
+__all__ = ["as_listed", "block_lists", "from_block_mask", "to_block_mask_tensors"]
 
 Tensor = torch.Tensor
+AT_ONCE = 1 << 20  # tiles whose places in the lists are worked out together
 
 
 def _entries(num: Tensor, indices: Tensor, nk: int, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -72,10 +73,84 @@ def from_block_mask(
     return RunMap((bm, bn), (lq, lk), batch, heads, ptr, start, end, kinds)
 
 
-def _ordered(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Numbers of chosen blocks and their indices first, the others after them, as PyTorch orders them."""
-    order = np.argsort(~chosen, axis=-1, kind="stable").astype(np.int32)
-    return torch.from_numpy(chosen.sum(-1).astype(np.int32)), torch.from_numpy(order)
+def as_listed(runs: RunMap) -> RunMap:
+    """Return ``runs`` as PyTorch counts blocks: one cut by the end of the queries or of the keys is never full."""
+    cut_q, cut_k = (length % side != 0 for length, side in zip(runs.sizes, runs.tile, strict=True))
+    full = runs.kind == FULL
+    if not (full.any() and (cut_q or cut_k)):
+        return runs
+    row = runs.row_of_run()
+    kind = np.where(full & cut_q & (row % runs.nq == runs.nq - 1), PARTIAL, runs.kind).astype(np.int64)
+    last = np.nonzero((kind == FULL) & cut_k & (runs.end == runs.nk))[0]
+    end = runs.end.astype(np.int64)
+    end[last] -= 1
+    edge = np.full(len(last), runs.nk - 1)
+    row, start = np.concatenate([row, row[last]]), np.concatenate([runs.start.astype(np.int64), edge])
+    end, kind = np.concatenate([end, edge + 1]), np.concatenate([kind, np.full(len(last), PARTIAL)])
+    keep = np.nonzero(start < end)[0]
+    built = build_runs(row[keep], start[keep], end[keep], kind[keep], runs.rows)
+    return RunMap(runs.tile, runs.sizes, runs.batch, runs.heads, *built)
+
+
+def _ordered(chosen: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Write for each row the chosen columns, then the others, both ascending, to ``out``; return how many are chosen.
+
+    Works on stretches of equal columns: a row of the result is a few ascending ranges, one behind the other.
+    """
+    rows, n = chosen.shape
+    edge = np.ones((rows, n), bool)
+    np.not_equal(chosen[:, 1:], chosen[:, :-1], out=edge[:, 1:])
+    at = np.flatnonzero(edge)
+    row, start = at // n, at % n
+    length = np.diff(at, append=rows * n)
+    order = np.argsort(2 * row + ~chosen.reshape(-1)[at], kind="stable")
+    row, start, length = row[order], start[order], length[order]
+    jump = start.copy()
+    jump[1:] -= np.where(row[1:] == row[:-1], start[:-1] + length[:-1] - 1, 0)
+    out.fill(1)
+    out.reshape(-1)[np.cumsum(length) - length] = jump
+    np.cumsum(out, axis=1, out=out)
+    return np.count_nonzero(chosen, axis=1)
+
+
+def _chosen(row: np.ndarray, start: np.ndarray, end: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """bool [rows, columns]: what disjoint runs cover."""
+    step = np.zeros((shape[0], shape[1] + 1), np.int8)
+    flat, width = step.reshape(-1), shape[1] + 1
+    flat[row * width + start] += 1
+    flat[row * width + end] -= 1
+    return np.cumsum(step, axis=1, dtype=np.int8)[:, :-1].view(bool)
+
+
+def block_lists(runs: RunMap, kinds: tuple[int, ...], transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the number of tiles of the given kinds in each row, int32 [batch, heads, rows], and the ordered indices of
+    tiles, int32 [batch, heads, rows, columns]; rows are those of key tiles if ``transposed``.
+
+    Needs the result and a fixed amount of memory beyond it.
+    """
+    outer, inner = (runs.nk, runs.nq) if transposed else (runs.nq, runs.nk)
+    slots = runs.batch * runs.heads
+    num, indices = np.zeros((slots, outer), np.int32), np.empty((slots, outer, inner), np.int32)
+    step = max(1, AT_ONCE // max(1, inner))
+    for slot in range(slots if inner else 0):
+        for low in range(0, outer, step):
+            high = min(low + step, outer)
+            first, last = (
+                (slot * runs.nq, (slot + 1) * runs.nq) if transposed else (slot * outer + low, slot * outer + high)
+            )
+            part = slice(int(runs.ptr[first]), int(runs.ptr[last]))
+            row = np.repeat(np.arange(last - first), np.diff(runs.ptr[first : last + 1]))
+            start, end = runs.start[part], runs.end[part]
+            keep = np.isin(runs.kind[part], kinds)
+            if transposed:
+                keep &= (start < high) & (end > low)
+                start, end = np.maximum(start[keep] - low, 0), np.minimum(end[keep], high) - low
+                chosen = np.ascontiguousarray(_chosen(row[keep], start, end, (inner, high - low)).T)
+            else:
+                chosen = _chosen(row[keep], start[keep], end[keep], (high - low, inner))
+            num[slot, low:high] = _ordered(chosen, indices[slot, low:high])
+    shape = (runs.batch, runs.heads, outer)
+    return torch.from_numpy(num.reshape(shape)), torch.from_numpy(indices.reshape(*shape, inner))
 
 
 def to_block_mask_tensors(runs: RunMap) -> dict[str, Tensor]:
@@ -84,14 +159,9 @@ def to_block_mask_tensors(runs: RunMap) -> dict[str, Tensor]:
     As PyTorch does, a block cut by the end of the queries or of the keys counts as partial. Memory is that of
     FlexAttention's lists, four numbers for every block, so call it only when someone reads them.
     """
-    kinds = runs.dense_kinds()
-    for axis, (length, side) in enumerate(zip(runs.sizes, runs.tile, strict=True)):
-        if length % side:
-            edge = kinds[:, :, -1, :] if axis == 0 else kinds[:, :, :, -1]
-            edge[edge == FULL] = PARTIAL
+    listed = as_listed(runs)
     out: dict[str, Tensor] = {}
     for prefix, kind in (("", PARTIAL), ("full_", FULL)):
-        chosen = kinds == kind
-        out[f"{prefix}kv_num_blocks"], out[f"{prefix}kv_indices"] = _ordered(chosen)
-        out[f"{prefix}q_num_blocks"], out[f"{prefix}q_indices"] = _ordered(np.swapaxes(chosen, 2, 3))
+        out[f"{prefix}kv_num_blocks"], out[f"{prefix}kv_indices"] = block_lists(listed, (kind,))
+        out[f"{prefix}q_num_blocks"], out[f"{prefix}q_indices"] = block_lists(listed, (kind,), transposed=True)
     return out

@@ -141,17 +141,26 @@ class RunMap:
         A cell of several tiles is EMPTY or FULL where all its tiles are, and PARTIAL otherwise.
         """
         step_q, step_k = max(1, _cdiv(self.nq, limit)), max(1, _cdiv(self.nk, limit))
+        some, most, area = self._cells(b, h, step_q, step_k)
+        return np.where(most == area, FULL, np.where(some > 0, PARTIAL, EMPTY)).astype(np.uint8)
+
+    def coverage(self, b: int, h: int, step_q: int, step_k: int) -> np.ndarray:
+        """Return the share of tiles that are not EMPTY in each cell of ``step_q`` x ``step_k`` tiles, float64."""
+        some, _, area = self._cells(b, h, step_q, step_k)
+        return some / area
+
+    def _cells(self, b: int, h: int, step_q: int, step_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers of tiles that are not EMPTY, that are FULL, and of all, in cells of ``step_q`` x ``step_k`` tiles."""
         shape = (_cdiv(self.nq, step_q), _cdiv(self.nk, step_k))
         first = (min(b, self.batch - 1) * self.heads + min(h, self.heads - 1)) * self.nq
         lo, hi = int(self.ptr[first]), int(self.ptr[first + self.nq])
-        row = (self.row_of_run()[lo:hi] - first) // step_q
+        row = np.repeat(np.arange(self.nq), np.diff(self.ptr[first : first + self.nq + 1])) // step_q
         some = _paint(shape, row, self.start[lo:hi], self.end[lo:hi], step_k)
         full = self.kind[lo:hi] == FULL
         most = _paint(shape, row[full], self.start[lo:hi][full], self.end[lo:hi][full], step_k)
         high = np.minimum(np.arange(1, shape[0] + 1) * step_q, self.nq) - np.arange(shape[0]) * step_q
         wide = np.minimum(np.arange(1, shape[1] + 1) * step_k, self.nk) - np.arange(shape[1]) * step_k
-        area = high[:, None] * wide[None, :]
-        return np.where(most == area, FULL, np.where(some > 0, PARTIAL, EMPTY)).astype(np.uint8)
+        return some, most, high[:, None] * wide[None, :]
 
     def to_dense(self) -> torch.Tensor:
         """Return int32 [batch, heads, nq, nk]: 1 where a tile is not empty (small maps only).

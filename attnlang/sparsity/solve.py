@@ -14,7 +14,7 @@ from attnlang.ir import BOOL, INT, Const, Expr, Index, Input, Load, Op, Size, po
 from attnlang.ir.build import FALSE, TRUE, clamp, const, op
 from attnlang.passes.intervals import value_range
 
-__all__ = ["FIRST", "LAST", "LK", "Keys", "NoClosedForm", "Solver", "direction", "reads"]
+__all__ = ["FIRST", "LAST", "LK", "Keys", "NoClosedForm", "Solver", "direction", "reads", "widths"]
 
 FIRST, LAST = Input("q_first", INT, "bh"), Input("q_last", INT, "bh")
 """The first and the last query (inclusive, in range) of a block of rows."""
@@ -300,6 +300,20 @@ def direction(expr: Expr) -> int | None:
         case "floordiv" if not reads(args[1], "q"):
             return direction(args[0])
     return None
+
+
+def widths(keys: Keys) -> list[Expr]:
+    """Numbers that do not depend on the query, all of which must be positive for any query to see one of ``keys``."""
+    lows, highs = _arguments("max", keys.low), _arguments("min", keys.high)
+    found = [_tidy(op("sub", high, low)) for low in lows for high in highs]
+    return [x for x in dict.fromkeys(found) if not reads(x, "q") and (value_range(x).lo or 0) < 1]
+
+
+def _arguments(name: str, expr: Expr) -> list[Expr]:
+    """What ``expr`` is the extreme of."""
+    if isinstance(expr, Op) and expr.op == name:
+        return [x for a in expr.args for x in _arguments(name, a)]
+    return [expr]
 
 
 def _tidy(expr: Expr) -> Expr:

@@ -9,8 +9,8 @@ import torch
 from backward import cases
 from backward.cases import CAUSAL, LEARNABLE, N, make_call
 
-from attnlang.ir import INT, Load, Size, TensorParam, simple
-from attnlang.ir.build import all_of, k, op, q
+from attnlang.ir import FLOAT, INT, Load, Size, TensorParam, simple
+from attnlang.ir.build import all_of, h, k, op, q, s
 from attnlang.runtime import cpp, cpp_backward
 
 both = functools.partial(cases.both, forward=cpp.forward, backward=cpp_backward.backward)
@@ -62,18 +62,55 @@ def test_half_precision_loses_no_more_than_dense(dtype):
         assert error < 2 * eps, (name, error)
 
 
-@pytest.mark.parametrize("program, dims", LEARNABLE[:1] + LEARNABLE[6:7] + LEARNABLE[14:15])
-def test_gradients_are_the_same_bits_for_any_number_of_threads(program, dims):
-    call = make_call(program, (1, 4, 1, N, N, 16, 16), {"t": torch.rand(dims)})
+def test_logarithms_of_hidden_scores_stay_away():
+    call = cases.logarithm_call()
+    ours, _ = both(call)
+    assert (ours["q"][:, :, 3] == 0).all()
+    check(call)
+
+
+def test_indices_read_from_a_tensor():
+    tensors = (TensorParam("t", FLOAT, (Size("n"),)), TensorParam("offset", INT, (Size("Lq"),)))
+    score = op("add", s, Load("t", (Load("offset", (q,), INT),), FLOAT))
+    program = simple("indirect", mask=CAUSAL, score=score, tensors=tensors)
+    captured = {"t": torch.rand(20), "offset": torch.randint(20, (90,))}
+    check(make_call(program, (1, 2, 2, 90, 90, 16, 16), captured))
+
+
+def test_strided_and_broadcast_tables():
+    program, _ = next(x.values for x in LEARNABLE if x.id == "head_specific")
+    check(make_call(program, (1, 4, 2, 90, 90, 16, 16), {"t": torch.rand(90, 90, 4).permute(2, 1, 0)}))
+    check(make_call(program, (1, 4, 2, 90, 90, 16, 16), {"t": torch.rand(1, 90, 1).expand(4, 90, 90)}))
+
+
+BOTH_WAYS = simple(
+    "everything",
+    mask=op("le", op("abs", op("sub", q, k)), 100),
+    score=op("add", op("add", op("mul", s, Load("gate", (h,), FLOAT)), Load("row", (q,), FLOAT)),
+             op("add", op("add", Load("col", (h, k), FLOAT), Load("pair", (q, k), FLOAT)),
+                Load("far", (op("mod", op("add", op("mul", q, 3), k), 11),), FLOAT))),
+    tensors=tuple(TensorParam(n, FLOAT, tuple(map(Size, dims))) for n, dims in
+                  (("gate", ("H",)), ("row", ("Lq",)), ("col", ("H", "Lk")), ("pair", ("Lq", "Lk")), ("far", ("n",)))),
+)  # fmt: skip
+"""A program with a captured gradient of every kind: once a head, a query, a key and a pair, and scattered."""
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 1), (6, 3)])
+def test_gradients_are_the_same_bits_in_every_run_with_any_number_of_threads(heads, kv_heads):
+    length = 400
+    shapes = {"gate": (heads,), "row": (length,), "col": (heads, length), "pair": (length, length), "far": (11,)}
+    tensors = {n: torch.rand(shape) for n, shape in shapes.items()}
+    call = make_call(BOTH_WAYS, (1, heads, kv_heads, length, length, 16, 16), tensors)
+    check(call)
     o, lse = cpp.forward(call)
-    do = torch.randn_like(o)
+    do, dlse = cases.cotangents(call)
     before = torch.get_num_threads()
     seen = []
     try:
-        for threads in (1, 2, 5, 2):
-            torch.set_num_threads(threads)
-            got = cpp_backward.backward(call, o, lse, do, None, ("t",))
-            seen.append((got.q, got.k, got.v, got.captured["t"]))
+        for run in range(20):
+            torch.set_num_threads((1, 2, 5)[run % 3])
+            got = cpp_backward.backward(call, o, lse, do, dlse, tuple(shapes))
+            seen.append((got.q, got.k, got.v, *(got.captured[n] for n in shapes)))
     finally:
         torch.set_num_threads(before)
     for other in seen[1:]:

@@ -26,6 +26,11 @@ EXTRA = {
     "frame": 16,
     "height": 4,
     "width": 4,
+    "prompt": 32,
+    "references": 16,
+    "pixels": 16,
+    "channels": 4,
+    "content": 32,
 }
 """Scalars that library programs cannot do without and that no grid gives."""
 

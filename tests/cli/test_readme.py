@@ -75,6 +75,8 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/sparsity.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     common = {"case": "causal", "dtype": "float32", "error": 0.0, "note": ""}
     rows = [
         {**common, "implementation": "attnlang", "ms": 10.0, "gflops": 300.0, "ratio": 1.0},
@@ -89,13 +91,19 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     table = {"table": "captured", "case": "slopes", "without_ms": 10.0, "with_ms": 11.0, "added_percent": 10.0}
     (tmp_path / "results/cpu_backward.json").write_text(json.dumps({"machine": "m", "rows": [step, table]}))
     kernel = {"program": "causal", "target": "cuda:90", "head_dim": 64, "shared_bytes": 1024}
-    built = [{**kernel, "registers": 168, "spill_bytes": 0}, {**kernel, "registers": 255, "spill_bytes": 8}]
+    built = [{**kernel, "registers": 168, "spill_bytes": 0}]
+    built.append({**kernel, "program": "alibi", "registers": 255, "spill_bytes": 8})
     failed = {**kernel, "target": "cuda:80", "error": "no"}
     (tmp_path / "results/gpu_resources.json").write_text(json.dumps([*built, failed]))
     tile = {"table": "million", "case": "causal", "implementation": "attnlang", "length": 1 << 20, "ms": 2.5}
     million = {**tile, "mib": 1.0, "runs": 16384}
     peer = {**million, "table": "peers", "length": 4096, "implementation": "create_block_mask", "ms": 50.0}
-    (tmp_path / "results/sparsity.json").write_text(json.dumps({"machine": {}, "rows": [million, peer]}))
+    asked = {**million, "implementation": "drop-in", "ms": 3.25}
+    program = {**million, "table": "library", "case": "axial", "empty": 75, "partial": 24, "full": 1}
+    rows = [million, asked, program, peer]
+    (tmp_path / "results/sparsity.json").write_text(json.dumps({"machine": {}, "rows": rows}))
+    proved = {"case": "causal", "tile": 64, "empty": 1000, "full": 1000, "proved": 1999, "share": 0.9995}
+    (tmp_path / "results/sparsity_precision.json").write_text(json.dumps({"machine": {}, "rows": [proved]}))
     assert report.main() == 0
     text = (tmp_path / "README.md").read_text()
     assert "| causal, float32 | 10.0 (300 GFLOP/s) | 25.0 (2.5x) | cannot express it |" in text
@@ -103,8 +111,11 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     assert "| 4,096 | 0.50 | 200 | 4 |" in text
     assert "| causal | 10 | SDPA: 12 (1.2x) |" in text and "| slopes | 10 | 11 (+10 %) |" in text
     assert "| cuda:90, D = 64 | 2 of 2 | 255 | 1 | 8 | 1024 |" in text
-    assert "| cuda:80, D = 64 | 0 of 1 | 0 | 0 | 0 | 0 |" in text
-    assert "| causal | 2.5 | 1.0 | 16,384 |" in text
+    assert "| cuda:80, D = 64 | 0 of 2 | 0 | 0 | 0 | 0 |" in text
+    assert "| causal | 2.5 | 1.0 | 3.2 | 1.0 | 16,384 |" in text and "axial" not in text
+    assert "| 64 | 1 | 2,000 | 1,999 | 99.95% |" in text
+    details = (tmp_path / "docs/sparsity.md").read_text()
+    assert "| `axial` | 1,048,576 | 2.5 | 1.0 | 16,384 | 24.00% | 1.00% |" in details and "old" not in details
     assert "| causal, 4,096 tokens | 50.0 ms, 1 MiB |" in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "old" not in text

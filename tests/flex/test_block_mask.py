@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import peer
 import pytest
 import torch
@@ -26,7 +28,7 @@ def both(mask=causal, **kwargs):
 
 
 def test_nothing_is_computed_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(flex, "exact_kinds", None)
+    monkeypatch.setattr(flex, "exact_runs", None)
     mask = al.create_block_mask(causal, 1, 1, 1 << 20, 1 << 20)
     assert mask.shape == (1, 1, 1 << 20, 1 << 20) and mask.BLOCK_SIZE == (128, 128)
     assert "mask_mod=causal" in repr(mask)
@@ -38,6 +40,43 @@ def test_lists_at_a_million_tokens_stay_small():
     mask = al.create_block_mask(lambda b, h, q, k: (q - k).abs() < 512, 1, 1, 1 << 18, 1 << 18, BLOCK_SIZE=4096)
     assert mask.kv_num_blocks.shape == (1, 1, 64)
     assert int(mask.kv_num_blocks.max()) == 3
+
+
+@pytest.mark.parametrize("block", [16, 24, (16, 40), (100, 128), 1000])
+@pytest.mark.parametrize("separate", [True, False])
+def test_lists_are_theirs_at_every_block_size(block, separate):
+    ours = al.create_block_mask(by_head, 2, 2, 150, 130, "cpu", block, separate_full_blocks=separate)
+    kwargs = {"BLOCK_SIZE": block, "separate_full_blocks": separate}
+    peer.same_blocks(ours, peer.pytorch.create_block_mask(by_head, 2, 2, 150, 130, "cpu", **kwargs))
+
+
+def test_nothing_but_the_list_that_is_read_is_made():
+    """At a million tokens each list is 256 MiB; counts, sparsity and the picture need none of them."""
+    mask = al.create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < 4096), None, None, 1 << 20, 1 << 20)
+    tracemalloc.start()
+    assert mask.run_map().counts()[0] == 66839056
+    assert int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) == 16352 + 253456
+    assert torch.equal(mask.kv_num_blocks.sum(), mask.q_num_blocks.sum())
+    assert mask.sparsity() == pytest.approx(99.597955)
+    assert "█" in mask.to_string() or "░" in mask.to_string()
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_a_list_needs_its_own_memory_and_little_more():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(3000, 3000, generator=generator) < 0.5
+    mask = al.create_block_mask(lambda b, h, q, k: table[q, k], None, None, 3000, 3000, BLOCK_SIZE=1)
+    runs = mask.blocks.runs
+    assert len(runs.start) > 1e6
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    lists = [getattr(mask, f"{axis}_indices") for axis in ("kv", "q", "full_kv", "full_q")]
+    beyond = tracemalloc.get_traced_memory()[1] - before - sum(t.numel() * 4 for t in lists)
+    tracemalloc.stop()
+    assert beyond < sum(t.numel() * 4 for t in lists)
+    order = torch.argsort(table.T.int(), dim=1, descending=True, stable=True)
+    assert torch.equal(mask.full_q_indices[0, 0], order.int())
 
 
 INDICES = [

@@ -217,7 +217,8 @@ def test_constants_and_functions():
 def test_every_function_of_the_table_can_be_called_as_its_signature_says():
     for function in builtin_functions():
         args = ", ".join(["1 > 0", "0.5", "0.25"][-function.least :]) if function.name == "where" else None
-        args = args or ", ".join(["0.5", "0.25", "0.75"][: function.least])
+        numbers = ["3", "2", "1"] if ": int" in function.signature else ["0.5", "0.25", "0.75"]
+        args = args or ", ".join(numbers[: function.least])
         parse(f"pattern p:\n    score = s + {function.name}({args})\n")
         assert function.signature.startswith(function.name + "(") and function.meaning
 

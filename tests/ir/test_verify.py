@@ -1,8 +1,6 @@
-import dataclasses
-
 import pytest
 
-from attnlang.ir import FLOAT, INT, Branch, Index, InvalidProgram, Load, ScalarParam, Size, TensorParam, simple, verify
+from attnlang.ir import FLOAT, INT, Index, InvalidProgram, Load, ScalarParam, Size, TensorParam, simple, verify
 from attnlang.ir.build import k, op, param, q, s
 
 
@@ -29,13 +27,6 @@ from attnlang.ir.build import k, op, param, q, s
 def test_broken_rules_are_named(program, message):
     with pytest.raises(InvalidProgram, match=message):
         verify(program)
-
-
-def test_reserved_records_say_so():
-    program = simple("p")
-    stage = dataclasses.replace(program.attend, branches=(Branch(), Branch()))
-    with pytest.raises(InvalidProgram, match="several branches are reserved"):
-        verify(dataclasses.replace(program, stages=(stage,)))
 
 
 def test_size_limit():

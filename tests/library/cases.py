@@ -7,13 +7,23 @@ hundred and more, ``case.at(length)`` has any length where the case is ``resizab
 
 from __future__ import annotations
 
-from library import basic_cases, bias_cases, sequence_cases, video_cases, vision_cases
+from library import (
+    basic_cases,
+    bias_cases,
+    choice_cases,
+    region_cases,
+    sequence_cases,
+    steering_cases,
+    video_cases,
+    vision_cases,
+    windows_cases,
+)
 from library.records import Case, Instance, Setup, Shape
 
 from attnlang import ir
 from attnlang import library as programs
 
-__all__ = ["CASES", "Case", "Instance", "Setup", "Shape", "bind", "program_of"]
+__all__ = ["BROAD", "CALLS", "CASES", "Case", "Instance", "Setup", "Shape", "bind", "program_of"]
 
 CASES: dict[str, Case] = {
     **basic_cases.CASES,
@@ -21,7 +31,13 @@ CASES: dict[str, Case] = {
     **bias_cases.CASES,
     **vision_cases.CASES,
     **video_cases.CASES,
+    **windows_cases.CASES,
+    **region_cases.CASES,
+    **choice_cases.CASES,
+    **steering_cases.CASES,
 }
+BROAD = {name: case for name, case in CASES.items() if not case.light}
+CALLS = tuple((name, size) for size in ("tiny", "medium") for name in (CASES if size == "tiny" else BROAD))
 
 
 def program_of(instance: Instance) -> ir.Program:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -75,6 +75,23 @@ class Points:
             mask[i, keys] = True
         return mask
 
+    def pairs(self, axes: str, value: Callable[..., Any]) -> Tensor:
+        """Evaluate ``value(*axes, i, j)`` for each pair, ``axes`` some of "bh"; [B or 1, H or 1, Lq, Lk]."""
+        s = self.shape
+        lead = [range(n) if axis in axes else range(1) for axis, n in (("b", s.B), ("h", s.H))]
+        own = [[x for axis, x in zip("bh", at, strict=True) if axis in axes] for at in product(*lead)]
+        values = [[[value(*at, i, j) for j in range(s.Lk)] for i in range(s.Lq)] for at in own]
+        return torch.tensor(values).view(len(lead[0]), len(lead[1]), s.Lq, s.Lk)
+
+    def listed(self, name: str) -> Any:
+        """A captured tensor as nested lists."""
+        return self.tensors[name].tolist()
+
+    def floats(self, *names: str) -> Any:
+        """Captured float tensors in float64, on the graph of the instance's leaves."""
+        found = [self.tensors[name].double() for name in names]
+        return found[0] if len(found) == 1 else found
+
     def tril(self) -> Tensor:
         """The causal mask [Lq, Lk]."""
         return torch.ones(self.shape.Lq, self.shape.Lk, dtype=torch.bool).tril()
@@ -99,7 +116,8 @@ class Case:
 
     ``mask`` returns a bool tensor that broadcasts to [B, H, Lq, Lk]; ``score`` maps the float64 scores [B, H, Lq, Lk].
     ``resizable`` cases make sense at any number of tokens; the others have a grid or halves. ``magnitude`` scales q and
-    k, for programs that multiply scores by much.
+    k, for programs that multiply scores by much. A ``light`` case has one small call, and is not run at every head
+    size, dtype and length: what it adds is a formula, not a way through the compiler.
     """
 
     program: str
@@ -110,6 +128,10 @@ class Case:
     tensors: TensorsFn = no_tensors
     resizable: bool = True
     magnitude: float = 1.0
+
+    @property
+    def light(self) -> bool:
+        return self.medium is self.tiny
 
     def instance(self, size: str, seed: int = 0) -> Instance:
         """Make the call named ``tiny`` or ``medium``."""
@@ -183,6 +205,16 @@ class Instance:
         empty = ~mask.any(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         return weights @ v, torch.logsumexp(scores, -1)
+
+
+def light(program: str, setup: Setup, mask: MaskFn | None = None, score: ScoreFn | None = None, **rest: Any) -> Case:
+    """A case with one small call."""
+    return Case(program, setup, setup, mask, score, **{"resizable": False, **rest})
+
+
+def small(lq: int, lk: int | None = None, **params: Any) -> Setup:
+    """Two batch elements, two heads on one key head."""
+    return Setup(Shape(2, 2, 1, lq, lq if lk is None else lk), params)
 
 
 def square(length: int, **params: Any) -> Setup:

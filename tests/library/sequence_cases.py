@@ -186,7 +186,7 @@ def moa(p: Points) -> Tensor:
 
 
 def make_adaptive_span(setup: Setup, g: Generator) -> dict[str, Any]:
-    return {"span": ints(0, 2 * setup.shape.Lk, (setup.shape.H,), g) / 4.0}
+    return {"span": ints(0, 2 * setup.shape.Lk, (setup.shape.H,), g) / 4.0 + 0.125}  # no distance is on a kink
 
 
 def span_weights(p: Points) -> Tensor:
@@ -202,7 +202,8 @@ def adaptive_span(p: Points) -> Tensor:
 
 
 def adaptive_span_score(s: Tensor, p: Points) -> Tensor:
-    return s + span_weights(p).log()
+    soft = span_weights(p)
+    return s + torch.where(soft > 0, soft, 1.0).log()  # where it is 0 the pair is masked, and has no gradient
 
 
 def make_duo(setup: Setup, g: Generator) -> dict[str, Any]:

@@ -9,12 +9,10 @@ import sys
 import pytest
 import torch
 from library.bias_cases import t5_bucket
-from library.cases import CASES, bind, program_of
+from library.cases import CALLS, CASES, bind, program_of
 
 import attnlang as al
 from attnlang import ir, library
-
-SIZES = ("tiny", "medium")
 
 
 def test_every_program_has_a_case() -> None:
@@ -34,8 +32,7 @@ def test_programs_are_documented_and_valid(name: str) -> None:
     assert summary.rstrip().endswith(".") and len(summary) > 30
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, size", CALLS)
 def test_instances_fit_the_program(name: str, size: str) -> None:
     instance = CASES[name].instance(size)
     program = program_of(instance)
@@ -47,8 +44,7 @@ def test_instances_fit_the_program(name: str, size: str) -> None:
         assert instance.captured[tensor.name].dtype is kinds[tensor.type], tensor.name
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, size", CALLS)
 def test_mask_is_the_dense_one(name: str, size: str) -> None:
     instance = CASES[name].instance(size)
     program = program_of(instance)
@@ -61,8 +57,7 @@ def test_mask_is_the_dense_one(name: str, size: str) -> None:
     assert instance.case.mask is None or 0.0 < share < 1.0, "this case hides nothing or everything"
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, size", CALLS)
 def test_attention_is_the_dense_one(name: str, size: str) -> None:
     instance = CASES[name].instance(size)
     program = program_of(instance)

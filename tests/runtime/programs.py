@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from attnlang.ir import (
+    DEFAULT_OUTPUTS,
     FLOAT,
     INT,
     Address,
@@ -24,7 +25,6 @@ from attnlang.ir import (
     build,
     simple,
 )
-from attnlang.ir.program import DEFAULT_OUTPUTS
 from attnlang.runtime.call import Call
 from attnlang.runtime.runs import run_maps
 

@@ -145,6 +145,14 @@ def test_captured_dtypes_and_empty_tensors(maps, dtype, length):
     assert maps.made == 1
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_tensor_of_one_element_may_have_any_stride(maps, length):
+    sizes = {**SIZES, "Lq": length, "Lk": length}
+    get(maps, documents(), sizes, tensors={"doc": torch.arange(9)[::4][:length]})
+    get(maps, documents(), sizes, tensors={"doc": torch.zeros(length, dtype=torch.int64)})
+    assert maps.made == 1
+
+
 def test_the_least_recently_used_map_goes_first(monkeypatch):
     maps = RunMaps(capacity=2)
     one, two = get(maps, causal(), {**SIZES, "Lq": 1}), get(maps, causal(), {**SIZES, "Lq": 2})

@@ -178,6 +178,8 @@ class Maker:
             "grid": torch.from_numpy(g.integers(-3, 9, (sizes["T0"], sizes["T1"]))),
             "bias": torch.from_numpy(g.normal(size=lk).astype(np.float32)),
         }
+        if g.random() < 0.2:
+            tensors["bias"][int(g.integers(lk))] = float(g.choice([np.nan, np.inf, -np.inf]))
         params = {"w": self.r.randrange(-3, 20), "on": self.r.random() < 0.5, "x": self.pick((0.0, 0.1, -1.5, 3.0))}
         tile = (self.r.randrange(1, 24), self.r.randrange(1, 24))
         program = simple("random", mask=self.boolean(4) if mask is None else mask, scalars=SCALARS, tensors=TENSORS)

@@ -6,8 +6,11 @@ single rules; what lies above them (linear forms, congruences, cases, captured s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from random import Random
 from typing import Any
 
@@ -15,25 +18,19 @@ import numpy as np
 import pytest
 import test_float_intervals
 import test_intervals
-from mask_programs import Maker, brute_force, violations
+from mask_programs import Maker, Problem, brute_force, violations
+from mutants import HARMLESS, MUTANTS, OWNERS, narrower, surer
 
 import attnlang.passes.float_intervals as floats
 import attnlang.passes.intervals as ints
-from attnlang.passes.intervals import Interval, Truth
-from attnlang.sparsity import analyse, captured, terms
+from attnlang.ir import FLOAT, INT, Load
+from attnlang.ir.build import cast, k, op, q
+from attnlang.passes.intervals import Truth
+from attnlang.sparsity import analyse, domain
 
 PROGRAMS = 2500
+PROPERTIES = (property, cached_property, staticmethod)
 Patch = Callable[[pytest.MonkeyPatch], None]
-
-
-def narrower(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule with its upper bound one too low wherever the interval has room."""
-
-    def broken(*args: Any) -> Any:
-        lo, hi = rule(*args)
-        return Interval(lo, hi - (hi > lo))
-
-    return broken
 
 
 def higher(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,58 +45,41 @@ def higher(rule: Callable[..., Any]) -> Callable[..., Any]:
     return broken
 
 
-def surer(rule: Callable[..., Truth]) -> Callable[..., Truth]:
-    """The comparison that is never undecided."""
-
-    def broken(*args: Any) -> Truth:
-        true, false = rule(*args)
-        return Truth(true, false & (true == False))  # noqa: E712 - elementwise on arrays
-
-    return broken
-
-
 def item(table: dict[str, Any], name: str, wrap: Callable[..., Any]) -> Patch:
     return lambda patch: patch.setitem(table, name, wrap(table[name]))
 
 
-def attribute(owner: Any, name: str, wrap: Callable[..., Any]) -> Patch:
-    return lambda patch: patch.setattr(owner, name, wrap(getattr(owner, name)))
-
-
-def no_clamp(old: Any) -> Any:
-    return staticmethod(lambda r, n: Interval(np.minimum(np.abs(r.lo), n - 1), np.minimum(np.abs(r.hi), n - 1)))
-
-
-def wrong_step(old: Any) -> Any:
-    return lambda self, form: (old(self, form)[0], old(self, form)[1] + (old(self, form)[0] > 1))
-
-
-def lossy_combine(old: Any) -> Any:
-    def combine(self: Any, a: Any, b: Any, scale: int) -> Any:
-        out = old(self, a, b, scale)
-        return out._replace(const=out.const - 1) if out is not None and len(out.terms) > 1 else out
-
-    return combine
-
-
-def always_rising(old: Any) -> Any:
-    return lambda self, axis: 1
-
-
-def swapped_cases(old: Any) -> Any:
-    return lambda self, form, ref, c: (old(self, form, ref, c)[0],) * 2
-
-
-def forgetful_negation(old: Any) -> Any:
-    return lambda self, ref: ref if self.nodes[ref].op in ("and", "or") else old(self, ref)
-
-
-def shorter_counts(old: Any) -> Any:
-    return lambda self, axis: np.minimum(old(self, axis), 3)
-
-
-def quotient_of_the_low_end(old: Any) -> Any:
-    return lambda xp, a, b: old(xp, Interval(a.lo, a.lo), b)
+def check_truth(name: str) -> None:
+    """Assert that a rule of TRUTH_RULES allows what some values give, and for ints or bools nothing else."""
+    truths = [Truth(True, False), Truth(False, True), Truth(True, True)]
+    arity = {"and": 3, "or": 3, "ite": 3, "xor": 2, "not": 1}.get(name)
+    if arity is None:
+        operands = test_intervals.INTERVALS
+        compare = {
+            "lt0": lambda x: x < 0,
+            "eq0": lambda x: x == 0,
+            "nonzero": lambda x: x != 0,
+            "lt": lambda x, y: x < y,
+            "le": lambda x, y: x <= y,
+            "eq": lambda x, y: x == y,
+        }[name]
+        arity = 2 if name in ("lt", "le", "eq") else 1
+        inside = lambda i: range(i.lo, i.hi + 1)  # noqa: E731
+    else:
+        operands = truths
+        compare = {
+            "and": lambda *x: all(x),
+            "or": lambda *x: any(x),
+            "ite": lambda c, x, y: x if c else y,
+            "xor": lambda x, y: x != y,
+            "not": lambda x: not x,
+        }[name]
+        inside = lambda t: [v for v, may in ((True, t.true), (False, t.false)) if may]  # noqa: E731
+    for args in itertools.product(operands, repeat=arity):
+        got = {bool(compare(*values)) for values in itertools.product(*map(inside, args))}
+        given = [floats.FloatRange(float(a.lo), float(a.hi), False) for a in args] if name == "nonzero" else args
+        out = domain.TRUTH_RULES[name](*given)
+        assert (bool(out.true), bool(out.false)) == (True in got, False in got), (name, args)
 
 
 RULES: dict[str, tuple[Patch, Callable[[], None]]] = {
@@ -124,24 +104,10 @@ RULES: dict[str, tuple[Patch, Callable[[], None]]] = {
         )
         for name in floats.FLOAT_COMPARISONS
     },
-}
-
-PARTS: dict[str, Patch] = {
-    **{f"int {name}": item(ints.RULES, name, narrower) for name in ("floordiv", "mod", "abs", "min", "mul", "where")},
-    "clamped load": attribute(captured.Captured, "_clamp", no_clamp),
-    "monotone": attribute(captured.Captured, "_monotone", always_rising),
-    "any and all": attribute(captured.Captured, "_counts", shorter_counts),
-    "block minima": attribute(captured._Line, "query", lambda old: lambda s, r, lo, hi: old(s, r, lo, lo)),
-    "boxes of flags": attribute(
-        captured.Captured, "_sums", lambda old: lambda s, r: old(s, [Interval(x.lo, x.lo) for x in r])
-    ),
-    "boxes of numbers": attribute(
-        captured.Captured, "_cell_query", lambda old: lambda s, side, r: old(s, side, [Interval(x.lo, x.lo) for x in r])
-    ),
-    "congruence": attribute(terms.Terms, "step", wrong_step),
-    "linear form": attribute(terms.Terms, "_combine", lossy_combine),
-    "cases of abs, min, max, where": attribute(terms.Terms, "_cases", swapped_cases),
-    "negation": attribute(terms.Terms, "negate", forgetful_negation),
+    **{
+        f"truth {name}": (item(domain.TRUTH_RULES, name, surer), partial(check_truth, name))
+        for name in domain.TRUTH_RULES
+    },
 }
 
 
@@ -153,15 +119,64 @@ def test_a_broken_rule_fails_its_own_test(name: str, monkeypatch: pytest.MonkeyP
         check()
 
 
-@pytest.mark.parametrize("name", list(PARTS))
-def test_a_broken_part_is_found_by_random_programs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    PARTS[name](monkeypatch)
+@pytest.mark.parametrize("name", list(domain.TRUTH_RULES))
+def test_truth_rules_are_exact(name: str) -> None:
+    check_truth(name)
+
+
+def test_every_part_of_the_domain_has_a_broken_version_or_a_reason() -> None:
+    parts = set()
+    for owner, where in OWNERS.items():
+        for name, value in vars(where).items():
+            own = getattr(value, "__module__", "").startswith("attnlang.sparsity") or isinstance(value, PROPERTIES)
+            here = not inspect.ismodule(where) or getattr(value, "__module__", None) == where.__name__
+            if own and here and not name.startswith("__") and not inspect.isclass(value):
+                parts.add(f"{owner}.{name}")
+    assert parts == set(MUTANTS) | set(HARMLESS)
+    assert not set(MUTANTS) & set(HARMLESS)
+
+
+RARE = [  # what random programs hold once in thousands
+    op("eq", op("floordiv", op("floordiv", q, 3), 5), op("floordiv", op("floordiv", k, 3), 5)),
+    op("eq", op("mod", op("mod", q, 12), 4), op("mod", op("mod", k, 12), 4)),
+    op("ge", Load("doc", (k,), INT), 7),
+    op("ge", Load("bias", (k,), FLOAT), -100.0),  # hides NaN
+    op("ge", cast(op("ge", q, k), FLOAT), 0.5),
+]
+
+
+@functools.cache
+def program(seed: int, rare: bool) -> tuple[Problem, np.ndarray]:
+    """A program and its exact tiles, shared by all mutants."""
+    problem = Maker(Random(seed)).problem(RARE[seed % len(RARE)] if rare else None)
+    return problem, brute_force(problem)
+
+
+def programs() -> Iterator[tuple[Problem, np.ndarray]]:
     for seed in range(PROGRAMS):
-        problem = Maker(Random(seed)).problem()
+        yield program(seed, False)
+        if seed < 40 * len(RARE):
+            yield program(seed, True)
+
+
+AGAIN = [f"int {name}" for name in ("floordiv", "mod", "abs", "min", "mul", "where")]
+
+
+@pytest.mark.parametrize("name", [*MUTANTS, *AGAIN])
+def test_a_broken_part_is_found_by_random_programs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in MUTANTS:
+        owner, _, attribute = name.partition(".")
+        old = vars(OWNERS[owner])[attribute]
+        for where in (OWNERS[owner], *filter(inspect.ismodule, OWNERS.values())):  # and whoever imported it by name
+            if vars(where).get(attribute) is old:
+                monkeypatch.setattr(where, attribute, MUTANTS[name](old))
+    else:
+        monkeypatch.setitem(ints.RULES, name.removeprefix("int "), narrower(ints.RULES[name.removeprefix("int ")]))
+    for problem, exact in programs():
         try:
             claimed = analyse(*problem.arguments, problem.tile).dense_kinds()
         except Exception:
             return  # a mutant that crashes is found, too
-        if violations(claimed, brute_force(problem)):
+        if violations(claimed, exact):
             return
     pytest.fail(f"{PROGRAMS} random programs did not notice the broken part")

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from backward import cases
+from backward import cases, scores
 from backward.cases import CAUSAL, LEARNABLE, N, bias, learnable, make_call
 
 from attnlang.ir import FLOAT, INT, Load, ScalarParam, Size, TensorParam, simple
@@ -139,6 +139,17 @@ def test_gradients_are_the_same_bits_in_every_run(program, dims):
         pairs = [(runs[0].q, other.q), (runs[0].k, other.k), (runs[0].v, other.v)]
         pairs.append((runs[0].captured["t"], other.captured["t"]))
         assert all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_scores(seed):
+    """Eight random scores a kernel, one a head."""
+    found = scores.batch(seed, 8, 37, 45, scatters=False)
+    scores.check(found, forward_pass.forward, triton_backward.backward)
+
+
+def test_logarithms_of_hidden_scores_stay_away():
+    check(cases.logarithm_call(40))
 
 
 def bucketed(combine):

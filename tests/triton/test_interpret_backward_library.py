@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backward import cases
-from library.cases import CASES, bind, program_of
+from library.cases import BROAD, CASES, bind, program_of
 
 from attnlang.ir import FLOAT
 from attnlang.passes.specialise import specialise
@@ -39,6 +39,6 @@ def learns(name: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", [n for n in CASES if n in PLAIN or learns(n)])
+@pytest.mark.parametrize("name", [n for n in BROAD if n in PLAIN or learns(n)])
 def test_library_program(name: str) -> None:
     cases.check(call_of(name), forward_pass.forward, triton_backward.backward)

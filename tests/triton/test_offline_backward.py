@@ -13,7 +13,8 @@ from attnlang.codegen.offline_backward import compile_backward
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.codegen.scatter import Scatter, scatter_of
 from attnlang.codegen.triton import Config
-from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_queries, own_name
+from attnlang.codegen.triton_backward import KEYS, QUERIES, emit_keys, emit_queries
+from attnlang.codegen.triton_backward_arguments import own_name
 from attnlang.codegen.triton_backward_tiles import candidates
 from attnlang.codegen.triton_printer import RESERVED
 from attnlang.codegen.triton_tiles import shared_limit

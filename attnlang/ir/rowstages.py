@@ -1,0 +1,138 @@
+"""What the stages that work on rows mean: Map, Pool and Select, in differentiable PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .build import FALSE
+from .evaluate import Environment, evaluate
+from .nodes import Expr, Index, Load, postorder, rewrite
+from .nodes import Input as Named
+from .stages import Map, Pool, Select
+from .types import FLOAT
+
+__all__ = ["run_rows"]
+
+Tensor = torch.Tensor
+
+
+def run_rows(stage: Map | Pool | Select, env: Environment) -> Tensor:
+    """Return what ``stage`` makes of the tensors that ``env`` binds: rows [B, H, L, D], or a choice (bool)."""
+    if isinstance(stage, Map):
+        return _map(stage, env)
+    if isinstance(stage, Pool):
+        return _pool(stage, env)
+    return _select(stage, env)
+
+
+def _grid(extents: tuple[int, ...], axes: str, env: Environment) -> Environment:
+    """Index tensors for ``axes``, one dimension each."""
+    rank = len(axes)
+    vectors = [
+        torch.arange(n, device=env.device).view([-1 if d == i else 1 for d in range(rank)])
+        for i, n in enumerate(extents)
+    ]
+    return replace(env, indices=dict(zip(axes, vectors, strict=True)))
+
+
+def _whole_loads(roots: tuple[Expr, ...], axes: str, extents: tuple[int, ...], env: Environment) -> dict[Load, Tensor]:
+    """Loads indexed by distinct axes alone, in order, over whole dimensions: views, where a gather would be slow."""
+    found: dict[Load, Tensor] = {}
+    for node in postorder(*roots):
+        if not isinstance(node, Load) or node.type is not FLOAT:
+            continue
+        names = [i.axis if isinstance(i, Index) else "" for i in node.indices]
+        places = [axes.find(n) if n else -1 for n in names]
+        t = env.tensor(node.tensor)
+        if -1 in places or places != sorted(set(places)):
+            continue
+        if any(t.shape[i] != extents[p] for i, p in enumerate(places)):
+            continue
+        shape = [1] * len(axes)
+        for i, p in enumerate(places):
+            shape[p] = t.shape[i]
+        found[node] = t.reshape(shape).to(env.float_dtype)
+    return found
+
+
+def _map(stage: Map, env: Environment) -> Tensor:
+    extents = tuple(int(evaluate(e, env)) for e in stage.extents)
+    grid = _grid(extents, "bhqd", env)
+    roots = (*(e for _, _, e in stage.lets), stage.value)
+    whole = _whole_loads(roots, "bhqd", extents, env)
+    views = {load: Named(f"view {i}", FLOAT, "bhqd") for i, load in enumerate(whole)}
+    roots = rewrite(roots, lambda n: views.get(n, n) if isinstance(n, Load) else n)
+    inputs = {views[load].name: view for load, view in whole.items()}
+    for (name, monoid, _), expr in zip(stage.lets, roots, strict=False):
+        value = evaluate(expr, replace(grid, inputs=inputs)).to(env.float_dtype).expand(extents)
+        inputs = {**inputs, name: _reduced(monoid, value)}
+    return evaluate(roots[-1], replace(grid, inputs=inputs)).to(env.float_dtype).expand(extents)
+
+
+def _reduced(monoid: str, value: Tensor) -> Tensor:
+    """Reduce the features to one, kept as a dimension."""
+    if monoid == "max":
+        return value.amax(-1, keepdim=True)
+    total = value.sum(-1, keepdim=True)
+    return total / value.shape[-1] if monoid == "mean" else total
+
+
+def _pool(stage: Pool, env: Environment) -> Tensor:
+    rows = env.rows(stage.source).to(env.float_dtype)
+    block = max(1, int(evaluate(stage.block, env)))
+    stride = block if stage.stride is None else max(1, int(evaluate(stage.stride, env)))
+    length = rows.shape[2]
+    starts = torch.arange(0, length, stride, device=rows.device)
+    where = starts[:, None] + torch.arange(block, device=rows.device)
+    inside = where < length
+    if not len(starts):
+        return rows
+    if stage.how in ("first", "last"):
+        at = starts if stage.how == "first" else (starts + block - 1).clamp(max=length - 1)
+        return rows.index_select(2, at)
+    picked = rows[:, :, where.clamp(max=length - 1)]  # [B, H, blocks, block, D]
+    if stage.how in ("max", "min"):
+        sign = 1.0 if stage.how == "max" else -1.0
+        masked = torch.where(inside[..., None], picked * sign, -torch.inf)
+        return masked.amax(-2) * sign
+    total = torch.where(inside[..., None], picked, 0.0).sum(-2)
+    return total / inside.sum(-1)[:, None] if stage.how == "mean" else total
+
+
+def _select(stage: Select, env: Environment) -> Tensor:
+    extents = tuple(int(evaluate(e, env)) for e in stage.extents)
+    with torch.no_grad():
+        grid = _grid(extents, "bhqk", env)
+        score = evaluate(stage.score, grid).to(env.float_dtype).expand(extents)
+        candidates = evaluate(stage.candidates, grid).expand(extents)
+        forced = evaluate(stage.forced, grid).expand(extents) if stage.forced is not FALSE else None
+        if not extents[-1]:
+            return candidates.contiguous()
+        chosen = _choose(stage, env, score, candidates, forced)
+        return chosen if forced is None else chosen | forced
+
+
+def _choose(stage: Select, env: Environment, score: Tensor, candidates: Tensor, forced: Tensor | None) -> Tensor:
+    (rule,) = stage.rules
+    at = _grid(tuple(score.shape[:3]), "bhq", env)
+    amount = evaluate(rule, at)
+    amount = amount.expand(score.shape[:3])[..., None] if amount.dim() == 3 else amount
+    if stage.threshold is not None:
+        return candidates & (score >= amount)
+    score = torch.where(torch.isnan(score), -torch.inf, score)
+    if forced is not None:  # forced pairs come first, and count
+        score = torch.where(forced, torch.inf, score)
+        candidates = candidates | forced
+    score = torch.where(candidates, score, -torch.inf)
+    order = score.argsort(stable=True, dim=-1, descending=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    )
+    if stage.top is not None:
+        return candidates & (rank < amount)
+    plain = torch.where(torch.isposinf(score), torch.finfo(score.dtype).max, score)
+    weights = torch.softmax(plain, -1).gather(-1, order).nan_to_num(0.0)
+    before = weights.cumsum(-1) - weights  # the mass of all that is larger
+    return candidates & (before < amount).gather(-1, rank)

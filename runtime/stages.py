@@ -1,0 +1,195 @@
+"""Programs beyond one softmax stage: the stage graph runs in order, each stage on the executor that can run it.
+
+An Attend stage that is softmax attention in disguise (other operands, other names) becomes a call of its own, so that
+compiled kernels serve it; any other goes to the blockwise executor. Rows stages are PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+
+from attnlang.ir import (
+    DEFAULT_OUTPUTS,
+    FLOAT,
+    KEY_ADDRESS,
+    QUERY_ADDRESS,
+    SOFTMAX,
+    Attend,
+    Branch,
+    Dot,
+    Environment,
+    Expr,
+    Index,
+    Program,
+    Size,
+    TensorParam,
+    Type,
+    evaluate,
+    run_stages,
+    substitute,
+)
+from attnlang.ir.build import any_of
+from attnlang.ir.types import BOOL, INT
+from attnlang.passes.simplify import map_program
+
+from . import regions
+from .call import Call
+from .compiled import kernel_of
+from .eager import compute_dtype
+from .errors import Unavailable
+from .runs import run_maps
+
+__all__ = ["run", "softmax_roles"]
+
+Tensor = torch.Tensor
+Attention: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
+
+
+def softmax_roles(stage: Attend) -> tuple[str, str, str, str, str | None] | None:
+    """(query, key, value operand, output, lse output) of a stage that is plain softmax attention, else None.
+
+    Such a stage has one dot product, one branch with softmax and no further hooks, and sums weighted rows.
+    """
+    if len(stage.terms) != 1 or len(stage.branches) != 1 or stage.position:
+        return None
+    (term,), branch = stage.terms, stage.branch
+    plain = Branch(branch.mask, branch.score)
+    if branch != plain or branch.normalizer != SOFTMAX or term.body is not None or term.name != "s":
+        return None
+    if term.left.index != QUERY_ADDRESS or term.right.index != KEY_ADDRESS:
+        return None
+    out, lse = DEFAULT_OUTPUTS
+    values = [o for o in stage.outputs if o.rows is not None]
+    others = [o for o in stage.outputs if o.rows is None]
+    if len(values) != 1 or len(others) > 1:
+        return None
+    if values[0] != replace(out, name=values[0].name, rows=values[0].rows):
+        return None
+    if any(o != replace(lse, name=o.name) for o in others):
+        return None
+    rows = values[0].rows
+    if rows is None or rows.index != KEY_ADDRESS:
+        return None
+    name = others[0].name if others else None
+    return term.left.source, term.right.source, rows.source, values[0].name, name
+
+
+def _made(program: Program, env: Environment) -> tuple[TensorParam, ...]:
+    """What earlier stages made, with the shapes it has."""
+    known = {t.name for t in program.tensors}
+    return tuple(
+        TensorParam(name, _type(t), tuple(Size(f"{name}_{d}") for d in range(t.dim())))
+        for name, t in env.tensors.items()
+        if name not in known
+    )
+
+
+def _type(t: Tensor) -> Type:
+    return BOOL if t.dtype is torch.bool else FLOAT if t.is_floating_point() else INT
+
+
+def _sizes(env: Environment, tensors: tuple[TensorParam, ...]) -> dict[str, int]:
+    found = dict(env.sizes)
+    for t in tensors:
+        for dim, extent in zip(t.shape, env.tensors[t.name].shape, strict=True):
+            if isinstance(dim, Size):
+                found.setdefault(dim.name, extent)
+    return found
+
+
+def _alone(program: Program, stage: Attend, env: Environment) -> tuple[Program, dict[str, int]]:
+    """``stage`` as a program of its own over its own lengths; sizes of the whole program get other names."""
+    made = _made(program, env)
+    sizes = _sizes(env, (*program.tensors, *made))
+    lengths = dict(zip(("Lq", "Lk"), (int(evaluate(e, env)) for e in stage.lengths), strict=True))
+    changed = tuple(name for name, length in lengths.items() if length != sizes[name])
+    for name in changed:
+        sizes[f"{name}_program"], sizes[name] = sizes[name], lengths[name]
+    return _program_of(program, stage, made, changed), sizes
+
+
+@functools.lru_cache(maxsize=256)
+def _program_of(program: Program, stage: Attend, made: tuple[TensorParam, ...], changed: tuple[str, ...]) -> Program:
+    """The same object for the same stage, since kernels are remembered by program."""
+    alone = Program(program.name, (stage,), program.scalars, (*program.tensors, *made))
+    renamed: dict[Expr, Expr] = {Size(name): Size(f"{name}_program") for name in changed}
+    alone = map_program(alone, lambda e: substitute(e, renamed)) if renamed else alone
+    alone = replace(alone, stages=(replace(alone.attend, lengths=Attend().lengths),))
+    if softmax_roles(alone.attend) is not None:
+        alone = replace(alone, stages=(Attend(branches=alone.attend.branches),))
+    return alone
+
+
+def run(call: Call, attention: Attention, backend: str | None = None) -> dict[str, Tensor]:
+    """Return every result of the program by name.
+
+    ``attention`` runs a call that is one plain softmax stage and returns (o, lse). An output that
+    sums rows has the dtype of q, other float outputs that of the compute dtype.
+
+    Raises:
+        Unavailable: ``backend`` was named and has no kernel for a stage.
+    """
+    program = call.program
+    dtype = compute_dtype(call.q.dtype)
+    operands = {"q": call.q, "k": call.k, "v": call.v}
+    env = Environment({}, call.sizes, call.params, call.tensors, {}, dtype, call.q.device, operands)
+
+    def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
+        roles = softmax_roles(stage)
+        if roles is not None:
+            return _plain(call, stage, here, roles, attention)
+        return _general(call, stage, here, backend)
+
+    made = run_stages(program, env, attend)
+    return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
+
+
+def _cast(program: Program, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows have the dtype of q; statistics keep the dtype they were computed in."""
+    for stage in program.stages:
+        if isinstance(stage, Attend):
+            for out in stage.outputs:
+                if out.name == name:
+                    return t.to(dtype) if out.rows is not None else t
+    return t.to(dtype) if t.is_floating_point() else t
+
+
+def _plain(
+    call: Call, stage: Attend, here: Environment, roles: tuple[str, str, str, str, str | None], attention: Attention
+) -> dict[str, Tensor]:
+    query, key, value, out, lse = roles
+    alone, sizes = _alone(call.program, stage, here)
+    q, k, v = (here.rows(name).to(call.q.dtype) for name in (query, key, value))
+    sizes |= {"Hkv": k.shape[1]}
+    runs = run_maps.provider(alone, sizes, call.params, here.tensors)
+    o, total = attention(Call(alone, q, k, v, sizes, call.params, here.tensors, call.scale, runs))
+    return {out: o} | ({lse: total} if lse is not None else {})
+
+
+def _general(call: Call, stage: Attend, here: Environment, backend: str | None) -> dict[str, Tensor]:
+    alone, sizes = _alone(call.program, stage, here)
+    inner = alone.attend
+    masks = [branch.mask for branch in inner.branches]
+    union = replace(inner, branches=(Branch(any_of(*masks)),), outputs=DEFAULT_OUTPUTS, terms=(Dot(),), position=())
+    if inner.position:  # the mask sees positions, the map counts slots
+        moved: dict[Expr, Expr] = {Index(axis): e for axis, e in inner.position}
+        union = replace(union, branches=(Branch(substitute(any_of(*masks), moved)),))
+    seen = replace(alone, stages=(union,))
+    runs = run_maps.provider(seen, sizes, call.params, here.tensors)
+    env = replace(here, sizes=sizes)
+    work = regions.Work(inner, env, call.scale, runs, exact=len(set(masks)) == 1)
+    if backend not in (None, "cpp", "eager"):
+        raise Unavailable(f"it has no kernel for the hooks of {call.program.name} yet; backend='eager' runs them")
+    if backend != "eager":
+        try:
+            kernel = kernel_of(replace(call, runs=runs), alone, work, strict=backend == "cpp")
+            work = replace(work, kernel=kernel)
+        except Unavailable as error:
+            if backend == "cpp":
+                raise Unavailable(f"{error.reason}; backend='eager' runs {call.program.name}") from error
+    return regions.attend(work)

@@ -1,0 +1,241 @@
+"""Random programs over the whole language: any score, normaliser, weight function and outputs that go together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from attnlang.ir import (
+    DEFAULT_OUTPUTS,
+    FLOAT,
+    INT,
+    Attend,
+    Branch,
+    Dot,
+    Expr,
+    Index,
+    Input,
+    Load,
+    Map,
+    Normalizer,
+    Operand,
+    Output,
+    Program,
+    Size,
+    Stat,
+    TensorParam,
+    stat,
+)
+from attnlang.ir.build import TRUE, all_of, any_of, b, const, h, k, op, q, s
+from attnlang.ir.stages import QUERY, RAW, SOFTMAX, VALUE, WEIGHT
+
+T = TypeVar("T")
+OUT, LSE = DEFAULT_OUTPUTS
+TENSORS = (
+    TensorParam("head", FLOAT, (Size("H"),)),
+    TensorParam("row", FLOAT, (Size("Lq"),)),
+    TensorParam("col", FLOAT, (Size("B"), Size("Lk"))),
+    TensorParam("table", FLOAT, (const(9),)),
+    TensorParam("rel", FLOAT, (const(9), Size("D"))),
+    TensorParam("doc", INT, (Size("B"), Size("Lk"))),
+)
+HEAD, ROW, COL = Load("head", (h,), FLOAT), Load("row", (q,), FLOAT), Load("col", (b, k), FLOAT)
+OFFSET = op("min", op("max", op("add", op("sub", k, q), 4), 0), 8)
+BLOCK = (op("floordiv", q, 4), op("floordiv", k, 8))
+TABLE = Load("table", (OFFSET,), FLOAT)
+
+
+class Choice:
+    """Draws the parts of one program from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def one(self, options: Sequence[T]) -> T:
+        return self.random.choice(options)
+
+    def some(self, options: Sequence[T], most: int) -> list[T]:
+        return self.random.sample(list(options), self.random.randint(0, min(most, len(options))))
+
+    def chance(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def number(self) -> float:
+        return self.random.choice((-1.5, -0.5, 0.25, 0.5, 1.0, 2.0))
+
+
+def _mask(draw: Choice) -> Expr:
+    parts = [
+        op("le", k, op("add", q, draw.random.randint(-3, 9))),
+        op("lt", op("abs", op("sub", q, k)), draw.random.randint(1, 12)),
+        op("ne", op("mod", k, draw.random.randint(2, 4)), 1),
+        op("eq", Load("doc", (b, op("min", q, op("sub", Size("Lk"), 1))), INT), Load("doc", (b, k), INT)),
+        op("gt", op("add", q, h), 2),
+        op("gt", COL, -0.5),
+    ]
+    chosen = draw.some(parts, 3)
+    return all_of(*chosen) if draw.chance(0.6) else any_of(*chosen) if chosen else TRUE
+
+
+def _score(draw: Choice, two: bool) -> Expr:
+    t: Expr = Input("t", FLOAT)
+    score: Expr = s
+    for change in draw.some(("bias", "scale", "cap", "abs", "table", "col", "term"), 3):
+        if change == "bias":
+            score = op("add", score, op("mul", HEAD, op("sub", k, q)))
+        elif change == "scale":
+            score = op("mul", score, op("add", op("sigmoid", ROW), draw.number()))
+        elif change == "cap":
+            score = op("mul", op("tanh", op("div", score, 3.0)), 3.0)
+        elif change == "abs":
+            score = op("abs", score)
+        elif change == "table":
+            score = op("add", score, TABLE)
+        elif change == "col":
+            score = op("sub", score, COL)
+        elif two:
+            score = op("add", score, op("mul", t, 0.3))
+    return score
+
+
+def _shifted() -> Expr:
+    return op("exp", op("sub", s, stat("m")))
+
+
+def _sink(draw: Choice) -> Normalizer:
+    at = draw.one((HEAD, const(0.0), op("add", HEAD, ROW)))
+    stats = (Stat("m", "max", s, at), Stat("l", "sum", _shifted(), op("exp", op("sub", at, stat("m")))))
+    return Normalizer("sink", stats, op("div", _shifted(), stat("l")))
+
+
+def _elementwise(draw: Choice) -> Normalizer:
+    square = op("mul", op("max", s, 0.0), op("max", s, 0.0))
+    basis = draw.one((op("sigmoid", op("add", s, HEAD)), op("max", s, 0.0), square, s, op("tanh", s)))
+    divisor = draw.one(("none", "count", "abs", "sqrt"))
+    if divisor == "none":
+        return Normalizer("elementwise", (), basis)
+    if divisor == "abs":
+        total = Stat("l", "sum", op("abs", basis))
+        return Normalizer("elementwise", (total,), op("div", basis, op("add", stat("l"), 0.5)))
+    count = Stat("n", "sum", const(1.0))
+    by = stat("n") if divisor == "count" else op("sqrt", stat("n"))
+    return Normalizer("elementwise", (count,), op("div", basis, by))
+
+
+def _moments(draw: Choice) -> Normalizer:
+    stats = (Stat("n", "sum", const(1.0)), Stat("a", "sum", s), Stat("c", "sum", op("mul", s, s)))
+    mean = op("div", stat("a"), stat("n"))
+    variance = op("sub", op("div", stat("c"), stat("n")), op("mul", mean, mean))
+    scaled = op("div", op("sub", s, mean), op("sqrt", op("add", op("max", variance, 0.0), 0.1)))
+    return Normalizer("moments", stats, op("add", scaled, draw.number()))
+
+
+def _sparse(draw: Choice) -> Normalizer:
+    over = op("max", op("sub", s, stat("tau")), 0.0)
+    start = Stat("m", "max", s)
+    if draw.chance(0.5):
+        return Normalizer("sparse", (start, Stat("tau", "root", over, op("sub", stat("m"), 1.0))), over)
+    half = op("max", op("sub", op("mul", s, 0.5), stat("tau")), 0.0)
+    seed = op("sub", op("mul", stat("m"), 0.5), 1.0)
+    return Normalizer("sparse", (start, Stat("tau", "root", op("mul", half, half), seed)), op("mul", half, half))
+
+
+def _grouped(draw: Choice) -> Normalizer:
+    stats = (Stat("m", "max", s), Stat("g", "sum", _shifted(), grouped=True), Stat("l", "sum", _shifted()))
+    weight = op("div", op("mul", _shifted(), op("add", stat("g"), 0.5)), stat("l"))
+    return Normalizer("grouped", stats, weight)
+
+
+def _weight(draw: Choice) -> Expr | None:
+    gate: list[Expr | None] = [
+        None,
+        op("mul", WEIGHT, HEAD),
+        op("mul", WEIGHT, op("sign", RAW)),
+        op("where", op("lt", k, 5), WEIGHT, op("mul", WEIGHT, ROW)),
+        op("mul", WEIGHT, op("exp", op("mul", -0.1, op("abs", op("sub", q, k))))),
+        op("mul", WEIGHT, WEIGHT),
+        op("add", op("mul", 0.5, WEIGHT), op("where", op("eq", q, k), 0.5, 0.0)),
+    ]
+    return draw.one(gate)
+
+
+def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, ...]:
+    found = [OUT] if draw.chance(0.85) else []
+    row_stats = [st for st in normalizer.stats if not st.grouped]
+    extra = [
+        Output("received", op("mul", WEIGHT, ROW), over="q"),
+        Output("energy", op("mul", WEIGHT, s)),
+        Output("largest", WEIGHT, monoid="max", empty=-2.0),
+        Output("least", s, monoid="min"),
+        Output("mass", WEIGHT, key=(op("mod", k, 4),), extents=(const(3),)),
+        Output(
+            "blocks", WEIGHT, over="qk", key=(op("floordiv", q, 4), op("floordiv", k, 8)), extents=(const(4), const(2))
+        ),
+        Output("tops", s, over="q", monoid="max", key=(op("mod", q, 3),), extents=(const(3),), empty=-5.0),
+        Output("seen_rows", WEIGHT, QUERY, over="q"),
+        Output("total", op("mul", op("tanh", s), WEIGHT), over="qk"),
+        Output("map", WEIGHT, over=""),
+        Output("bucket_rows", WEIGHT, VALUE, key=(op("mod", k, 2),), extents=(const(2),)),
+    ]
+    if row_stats:
+        extra.append(Output("statistic", op("mul", stat(draw.one(row_stats).name), 0.5), over="", empty=3.0))
+    if two:
+        extra.append(Output("offsets", WEIGHT, Operand("rel", (OFFSET,))))
+    found += draw.some(extra, 3)
+    return tuple(found) or (OUT,)
+
+
+MAKERS: tuple[Callable[[Choice], Normalizer], ...] = (
+    lambda draw: SOFTMAX,
+    _sink,
+    _elementwise,
+    _moments,
+    _sparse,
+    _grouped,
+)
+
+
+def random_program(seed: int) -> Program:
+    """A legal program that captures :data:`TENSORS`."""
+    draw = Choice(seed)
+    two = draw.chance(0.4)
+    normalizer = draw.one(MAKERS)(draw)
+    grouped = any(st.grouped for st in normalizer.stats)
+    branch = Branch(
+        _mask(draw),
+        _score(draw, two),
+        normalizer,
+        _weight(draw),
+        op("sub", op("mod", k, 4), 1) if grouped else None,
+        const(3) if grouped else None,
+    )
+    terms = (Dot(), Dot("t", QUERY, Operand("rel", (OFFSET,)))) if two else (Dot(),)
+    outputs = _outputs(draw, normalizer, two)
+    branches: tuple[Branch, ...] = (branch,)
+    if draw.chance(0.2):
+        branches = (branch, Branch(_mask(draw), op("mul", s, 0.5)))
+        outputs = (*outputs, Output("other", WEIGHT, VALUE, branch=1))
+    stages: tuple[Attend | Map, ...] = (Attend(terms=terms, branches=branches, outputs=outputs),)
+    returns = tuple(out.name for out in outputs)
+    if "o" in returns and draw.chance(0.3):
+        at = (b, h, q, Index("d"))
+        gated = op("mul", Load("o", at, FLOAT), op("sigmoid", op("add", HEAD, ROW)))
+        stages += (Map("gated", (Size("B"), Size("H"), Size("Lq"), const(3)), gated),)
+        returns = ("gated", *returns)
+    return Program(f"random_{seed}", stages, tensors=TENSORS, returns=returns)
+
+
+def arguments(seed: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Operands and captured tensors for :func:`random_program`; values of dv are 3 wide."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = random.Random(seed)
+    batch, kv, lq, lk = draw.choice((1, 2)), draw.choice((1, 2)), draw.randint(1, 14), draw.randint(1, 17)
+    shapes = ((batch, 2, lq, 4), (batch, kv, lk, 4), (batch, kv, lk, 3))
+    operands = [torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in shapes]
+    sizes = {"head": (2,), "row": (lq,), "col": (batch, lk), "table": (9,), "rel": (9, 4)}
+    captured = {n: torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for n, x in sizes.items()}
+    captured["doc"] = torch.randint(0, 3, (batch, lk), generator=generator)
+    return operands, captured

@@ -1,0 +1,61 @@
+"""Random programs over the whole language: every executor against the dense reference in float64, with gradients."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import attnlang as al
+from attnlang.ir import verify
+from attnlang.runtime import regions
+
+from .random_programs import arguments, random_program
+
+PROGRAMS = 500 * int(os.environ.get("ATTNLANG_FUZZ", "1"))
+CHUNK = 50
+
+
+def leaves(seed, dtype=torch.float64):
+    operands, captured = arguments(seed, dtype)
+    wanted = [t.requires_grad_() for t in (*operands, *captured.values()) if t.is_floating_point()]
+    return operands, captured, wanted
+
+
+def results(run, program, operands, captured):
+    lse = {"return_lse": True} if "lse" in program.results else {}
+    got = run(*operands, **captured, return_aux=True, **lse)
+    if isinstance(got, dict):
+        return got
+    return {"o": got[0]} | got[-1]
+
+
+def gradients(made, wanted, cotangents):
+    smooth = [n for n, t in made.items() if t.requires_grad]
+    if not smooth:
+        return [torch.zeros_like(t) for t in wanted]
+    found = torch.autograd.grad([made[n] for n in smooth], wanted, [cotangents[n] for n in smooth], allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted, strict=True)]
+
+
+def same(got, want, what, **tolerance):
+    torch.testing.assert_close(got, want, **tolerance, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("chunk", range(PROGRAMS // CHUNK))
+def test_blockwise_executor(chunk, monkeypatch):
+    monkeypatch.setattr(regions, "TILE", (4, 4))
+    for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        program = verify(random_program(seed))
+        operands, captured, wanted = leaves(seed)
+        want = results(lambda *a, _p=program, **c: al.reference(_p, *a, **c), program, operands, captured)
+        got = results(al.compile(program, backend="eager"), program, operands, captured)
+        generator = torch.Generator().manual_seed(seed)
+        cotangents = {n: torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in want.items()}
+        for name, value in want.items():
+            torch.testing.assert_close(
+                got[name], value, rtol=1e-8, atol=1e-9, msg=lambda m, s=seed, n=name: f"{s} {n} {m}"
+            )
+        for a, c in zip(gradients(got, wanted, cotangents), gradients(want, wanted, cotangents), strict=True):
+            torch.testing.assert_close(a, c, rtol=1e-7, atol=1e-8, msg=lambda m, s=seed: f"{s} {m}")
