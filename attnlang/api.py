@@ -233,7 +233,16 @@ class Attention:
     def _call(self, bound: Bound) -> Call:
         runs = run_maps.provider(self.program, bound.sizes, bound.params, bound.tensors)
         return Call(
-            self.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale, runs
+            self.program,
+            bound.q,
+            bound.k,
+            bound.v,
+            bound.sizes,
+            bound.params,
+            bound.tensors,
+            bound.scale,
+            runs,
+            runs.closed,
         )
 
     def run_map(

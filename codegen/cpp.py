@@ -15,6 +15,7 @@ from attnlang.passes.widths import Width
 
 from .cpp_arguments import arguments
 from .cpp_printer import ELEMENTS, VECTORS, CppPrinter, comment, declaration
+from .cpp_runs import bounds_text
 from .cpp_steps import epilogue, plain, state, step_text
 from .isa import COMMON_FLAGS, Isa
 from .plan import KernelPlan, Section
@@ -112,8 +113,11 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
     row = [line for v in plan.row for line in (f"// {v.comment}", f"{v.name}[w] = {printer.value(v)};")]
     found = [*plan.row, *(v for step in plan.steps for v in step.after if not isa.matrix)]
     addresses = {name: printer.text(getattr(plan, name), Level.GRID) for name in ("key_batch", "key_head")}
+    bounds = bounds_text(printer, plan.run_bounds("k"))
     return {
         "header": _header(plan, isa),
+        "bounds": bounds,
+        "bounds_lines": [declaration(printer, v) for v in bounds.values] if bounds else [],
         "isa": isa,
         "head_dim": plan.head_dim,
         "value_dim": plan.value_dim,
@@ -145,6 +149,7 @@ def _header(plan: KernelPlan, isa: Isa) -> str:
         *format_program(plan.program).splitlines(),
         "",
         f"{plan.dtype} q [B, H, Lq, {d}], k [B, Hkv, Lk, {d}], v [B, Hkv, Lk, {dv}], o [B, H, Lq, {dv}].",
+        *(r.needs for r in plan.runs if r.needs),
         f"Build: c++ {' '.join((*COMMON_FLAGS, *isa.flags))} FILE.cpp -o FILE.so",
     ]
     return "\n".join(comment(f"// {line}") for line in lines)

@@ -16,6 +16,10 @@ from .plan import KernelPlan
 __all__ = ["Arguments", "Field", "arguments"]
 
 
+TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "order")
+"""Fields of the run table, which a kernel that computes its run bounds does not take."""
+
+
 @dataclass(frozen=True)
 class Field:
     """One member: ``source`` says where the value comes from, as a kind and what it is taken of."""
@@ -69,10 +73,9 @@ def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
     names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.sizes))
     fields += [Field(f"n_{name}", "int64", ("size", name)) for name in names]
     fields += [Field("k_batches", "int64", ("extent", "k", "0")), Field("scale", "double", ("scale",))]
-    for run in ("full", "part"):
-        fields += [Field(f"{run}_{what}", "const int *", ("runs", f"{run}_{what}")) for what in ("ptr", "runs")]
-    fields.append(Field("order", "const int *", ("runs", "order")))
-    fields += [Field(name, "int64", ("runs", name)) for name in ("map_batch", "map_heads")]
+    if plan.run_bounds("k") is None:
+        fields += [Field(name, "const int *", ("runs", name)) for name in TABLE]
+        fields += [Field(name, "int64", ("runs", name)) for name in ("map_batch", "map_heads")]
     if isa is not None and isa.matrix:
         fields.append(Field("space", "void *", ("pointer", "space")))
     local = []

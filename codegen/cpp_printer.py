@@ -8,6 +8,7 @@ import struct
 from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size, format_expr
 from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
+from attnlang.sparsity.closed_form import KEY_TILE, RANGES
 
 from .plan import KernelPlan, Value
 from .printer import Printer
@@ -137,6 +138,8 @@ class CppPrinter(Printer):
         return self._spread(f"p_{node.name}", node, at)
 
     def input(self, node: Input, at: Level) -> str:
+        if node in RANGES:  # of run bounds
+            return "TILE" if node is KEY_TILE else node.name
         if "k" in node.axes:
             return node.name
         held = f"rows.{node.name}[w]"  # an accumulator at the end of its pass

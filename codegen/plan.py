@@ -37,6 +37,8 @@ from attnlang.passes.simplify import map_program, simplify
 from attnlang.passes.streaming import Accumulator, Streaming, streaming
 from attnlang.passes.widths import Width, assumptions, widths
 
+from .runs import NAMES, RunBounds, forms_of, ranges_of, run_bounds
+
 __all__ = ["KernelPlan", "Section", "Step", "TensorArg", "Value", "make_plan"]
 
 MAX_INLINE_DEPTH = 6
@@ -118,6 +120,9 @@ class KernelPlan:
     score is the raw score, ``mask`` None where every pair is visible. ``sizes`` lists the sizes expressions read, in
     argument order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head.
 
+    ``runs`` holds the bounds a kernel computes its runs from, by the axis of its inner loop; a kernel over an axis
+    without them reads a run table.
+
     A forward plan says in ``stream`` what is accumulated and made of it, and in ``steps`` the statements of every pass.
 
     A backward plan also has ``dscore``, the derivative of the modified score with respect to the raw one (None where it
@@ -141,6 +146,7 @@ class KernelPlan:
     key_head: Expr
     dscore: Expr | None = None
     grads: tuple[CapturedGrad, ...] = ()
+    runs: tuple[RunBounds, ...] = ()
     stream: Streaming | None = None
     steps: tuple[Step, ...] = ()
     direction: str = "forward"
@@ -151,6 +157,16 @@ class KernelPlan:
     node_levels: Mapping[Expr, Level] = field(default_factory=dict, compare=False, repr=False)
     node_widths: Mapping[Expr, Width] = field(default_factory=dict, compare=False, repr=False)
     bounds: Mapping[Expr, tuple[int | None, int | None]] = field(default_factory=dict, compare=False, repr=False)
+
+    def run_bounds(self, loop: str) -> RunBounds | None:
+        """The bounds of runs along ``loop``, None where a kernel over that axis reads a run table."""
+        return next((r for r in self.runs if r.loop == loop), None)
+
+    def run_values(self, runs: RunBounds) -> tuple[Value, ...]:
+        """Statements that the bounds need, once for each block of rows, beside those of ``grid``."""
+        known = {v.expr for v in self.grid}
+        needed = (n for n in postorder(*runs.exprs) if n in self.names and n not in known)
+        return tuple(Value(self.names[n], n, Level.GRID) for n in needed)
 
     @property
     def binary(self) -> bool:
@@ -204,7 +220,7 @@ class KernelPlan:
         dtypes = ",".join(f"{t.name}:{t.dtype}:{t.rank}" for t in self.tensors)
         wanted = ",".join(format_expr(g.load) for g in self.grads)
         kind = f"{self.direction}:{wanted}|{self.dtype}|{self.head_dim}|{self.value_dim}|{dtypes}|{self.wide}"
-        text = f"{canonical(self.program)}|{kind}"
+        text = f"{canonical(self.program)}|{kind}|{'|'.join(map(str, self.runs))}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -217,6 +233,12 @@ class _Namer:
 
     def __init__(self, taken: Iterable[str]) -> None:
         self._used: set[str] = set(taken)
+
+    def take(self, stem: str) -> str:
+        """Return ``stem``, with underscores where the program uses it."""
+        while stem in self._used:
+            stem += "_"
+        return stem
 
     def __call__(self, node: Expr, level: Level) -> str:
         # operators are always numbered, so that templates can use names like row_max for themselves
@@ -258,6 +280,23 @@ def _named_nodes(roots: tuple[Expr, ...], level_of: Mapping[Expr, Level]) -> Ite
         if shared or crosses or isinstance(node, Load) or hoisted_root or depth[node] >= MAX_INLINE_DEPTH:
             depth[node] = 0
             yield node
+
+
+def _names(
+    namer: _Namer, hooks: tuple[Expr, ...], runs: tuple[RunBounds, ...], level_of: Mapping[Expr, Level]
+) -> dict[Expr, str]:
+    """Names of the values of the hooks and of the run bounds, arguments before users."""
+    given: dict[Expr, str] = {}
+    for r in runs:
+        for i, part in enumerate(r.parts):
+            suffix = str(i + 1) if i else ""
+            for name, expr in zip(NAMES, part.exprs, strict=True):
+                if not _is_leaf(expr):
+                    given.setdefault(expr, namer.take(f"{name}{suffix}"))
+    ends = tuple(e for r in runs for e in r.exprs)
+    named = {*_named_nodes(hooks, level_of), *_named_nodes(ends, level_of)}
+    order = [n for n in postorder(*hooks, *ends) if n in named]
+    return {n: given.get(n) or namer(n, level_of[n]) for n in order}
 
 
 def _find(kind: type, *roots: Expr) -> list[Expr]:
@@ -303,12 +342,14 @@ def make_plan(
     wide: bool = False,
     backward: bool = False,
     captured_grads: Iterable[str] = (),
+    closed: Iterable[str] = (),
 ) -> KernelPlan:
     """Plan the forward (or backward) pass of a specialised program with one Attend stage.
 
     ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
     ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
-    float tensors a backward pass must give gradients for.
+    float tensors a backward pass must give gradients for. ``closed`` names the loop axes along which kernels compute
+    their run bounds where the mask has a closed form; whoever launches them checks that it holds.
 
     Raises:
         Unstreamable: the stage has something that :mod:`attnlang.passes.streaming` cannot accumulate.
@@ -326,17 +367,23 @@ def make_plan(
     stream = None if backward else streaming(program.attend)
     made = () if stream is None else (*_pair_roots(stream), *_row_roots(stream))
     roots = (*hooks, *made, *addresses)
+    forms = forms_of(program, closed)
+    bounds = assumptions((*roots, *(e for form in forms for e in form.exprs)), storage, wide=wide)
+    if forms:
+        bounds |= ranges_of(forms, bounds, wide=wide)
+    runs = tuple(run_bounds(form, bounds) for form in forms)
+    ends = tuple(e for r in runs for e in r.exprs)
+    roots = (*roots, *ends)
     level_of = levels(*roots)
-    bounds = assumptions(roots, storage, wide=wide)
 
     used = {n.tensor for n in _find(Load, *roots) if isinstance(n, Load)}
-    read = {n.name for n in _find(Param, *hooks, *made) if isinstance(n, Param)}
+    read = {n.name for n in _find(Param, *hooks, *made, *ends) if isinstance(n, Param)}
     tensors = tuple(TensorArg(t.name, t.type, storage[t.name], len(t.shape)) for t in program.tensors if t.name in used)
     scalars = tuple(Param(p.name, p.type) for p in program.scalars if p.name in read)
     sizes = tuple(dict.fromkeys(n.name for n in _find(Size, *roots) if isinstance(n, Size)))
 
     namer = _Namer([t.name for t in tensors] + [p.name for p in scalars] + list(sizes))
-    names = {node: namer(node, level_of[node]) for node in _named_nodes((*hooks, *made), level_of)}
+    names = _names(namer, (*hooks, *made), runs, level_of)
     known_after = _passes(stream, names)
 
     def values(level: Level, of: tuple[Expr, ...], after: int = 0) -> tuple[Value, ...]:
@@ -373,6 +420,7 @@ def make_plan(
         key_head=addresses[1],
         dscore=None if dscore is Const(1.0, FLOAT) else dscore,
         grads=grads,
+        runs=runs,
         stream=stream,
         steps=() if stream is None else tuple(step(i, found) for i, found in enumerate(stream.passes)),
         direction="backward" if backward else "forward",

@@ -17,7 +17,6 @@ from .plan import KernelPlan, Section
 from .triton_common import (
     KNOWN_SIZES,
     LINE,
-    RUN_TABLE,
     Config,
     comment,
     kernel_context,
@@ -29,6 +28,7 @@ from .triton_common import (
 )
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, precedence, safe_name
+from .triton_runs import bounds_text, table_arguments
 
 __all__ = ["KERNEL_NAME", "Arguments", "Config", "arguments", "emit", "padded"]
 
@@ -81,9 +81,10 @@ def arguments(plan: KernelPlan, config: Config) -> Arguments:
     sizes = list(dict.fromkeys(("H", "Lq", "Lk", *plan.sizes)))
     pairs += [(n, n) for n in scalars]
     pairs += [(safe_name(n), KNOWN_SIZES.get(n, safe_name(n))) for n in sizes]
-    pairs += [(n, n) for n in RUN_TABLE]
-    host += [*scalars, *map(safe_name, extra), *RUN_TABLE]
-    loose += [*scalars, *map(safe_name, sizes), *RUN_TABLE[4:]]
+    table = table_arguments(plan, "k")
+    pairs += [(n, n) for n in table]
+    host += [*scalars, *map(safe_name, extra), *table]
+    loose += [*scalars, *map(safe_name, sizes), *table[4:]]
     return Arguments(
         kernel=tuple(name for name, _ in pairs),
         host=tuple(host),
@@ -155,6 +156,7 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
         "row_values": lines(printer, plan.row),
         "plan_full": full,
         "plan_partial": partial,
+        "bounds": bounds_text(printer, plan.run_bounds("k")),
         "arguments": arguments(plan, config),
     }
     context["helpers"] = helper_sources(printer.helpers)

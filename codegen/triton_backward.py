@@ -19,6 +19,7 @@ from attnlang.passes.levels import Level
 from .plan import KernelPlan, Section, Value
 from .triton_backward_arguments import (
     KEYS,
+    LOOP,
     QUERIES,
     SCATTERED,
     backward_arguments,
@@ -30,6 +31,7 @@ from .triton_backward_arguments import (
 from .triton_common import LINE, Config, Line, comment, kernel_context, lines, mask_text, template, wrapped
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, safe_name
+from .triton_runs import bounds_text
 
 __all__ = ["KEYS", "QUERIES", "emit_keys", "emit_queries"]
 
@@ -154,6 +156,7 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
         "grads": grads,
         "diagonal": [g for g in grads if g.kind in ("difference", "sum")],
         "scattered": [g for g in grads if not g.summed],
+        "bounds": bounds_text(printer, plan.run_bounds(LOOP[kernel])),
         "arguments": backward_arguments(plan, kernel),
     }
     context["helpers"] = helper_sources(printer.helpers)

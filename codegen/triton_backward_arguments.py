@@ -12,9 +12,11 @@ from .plan import CapturedGrad, KernelPlan, TensorArg
 from .scatter import scatter_of
 from .triton_common import KNOWN_SIZES, RUN_TABLE
 from .triton_printer import safe_name
+from .triton_runs import table_arguments
 
 __all__ = [
     "KEYS",
+    "LOOP",
     "QUERIES",
     "SCATTERED",
     "BackwardArguments",
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 QUERIES, KEYS = "queries", "keys"
+LOOP = {QUERIES: "k", KEYS: "q"}
+"""Axis of the inner loop of each kernel."""
 
 _OWN_NAMES = """
 attention_backward_keys attention_backward_queries base delta delta_ptr dk dk_base dk_inside dk_offsets dk_ptr dk_to
@@ -174,8 +178,9 @@ def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
     if kernel == QUERIES and has_diagonals(plan):
         made.host.append("shares")
         made.add("shares", loose=True)
-    made.host += RUN_TABLE
-    for name in RUN_TABLE:
+    table = table_arguments(plan, LOOP[kernel])
+    made.host += table
+    for name in table:
         made.add(name, type="int32" if name in RUN_TABLE[:4] else "", loose=name in RUN_TABLE[4:])
     names, texts = tuple(made.kernel), tuple(made.kernel.values())
     return BackwardArguments(names, tuple(made.host), texts, tuple(made.loose), made.types, frozenset(made.last))

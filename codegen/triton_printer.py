@@ -11,9 +11,10 @@ import keyword
 import math
 from collections.abc import Mapping
 
-from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param
+from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size
 from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
+from attnlang.sparsity.closed_form import KEY_TILE, QUERY_TILE
 
 from .plan import KernelPlan
 from .printer import Printer
@@ -22,16 +23,18 @@ from .triton_helpers import HELPERS
 __all__ = ["RESERVED", "TritonPrinter", "precedence", "safe_name", "top_operators"]
 
 _TEMPLATE_NAMES = """
-acc attention_forward b bh d_idx d_mask decay descriptor dv_idx dv_mask first_tile float full_ptr full_runs h inside
-int k k_base k_desc k_distance k_idx k_local k_offsets k_ptr key_batch key_head launch lse lse_ptr map_batch map_heads
-map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr part_ptr part_runs pid q q_base q_desc
-q_distance q_idx q_local q_offsets q_ptr query_inside range rate row_max row_sum run s scale scores softmax_step start
-start_q TensorDescriptor tile tile_q tile_step tiles tl triton v v_base v_desc v_offsets v_ptr visible
+acc attention_forward b bh d_idx d_mask decay descriptor dv_idx dv_mask first_tile float full_ptr full_runs gap1 gap2
+gap3 h inside int k k_base k_desc k_distance k_first k_idx k_last k_local k_offsets k_ptr key_batch key_head launch
+lse lse_ptr map_batch map_heads map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr
+part_ptr part_runs pid q q_base q_desc q_distance q_first q_idx q_last q_local q_offsets q_ptr query_inside range rate
+row_max row_sum run s scale scores softmax_step start start_q step TensorDescriptor tile tile_q tile_step tiles tl
+triton v v_base v_desc v_offsets v_ptr visible
 """
 _STRIDES = frozenset(f"{operand}_stride_{dim}" for operand in "qkvo" for dim in "bhnd")
 RESERVED = frozenset(_TEMPLATE_NAMES.split()) | _STRIDES | frozenset(HELPERS)
 """Names the template uses; parameters and captured tensors of a program that share one get an underscore."""
 
+_TILES: dict[Expr, str] = {KEY_TILE: "BLOCK_N", QUERY_TILE: "BLOCK_M"}
 _INT_TYPES = {Width.I32: "tl.int32", Width.I64: "tl.int64"}
 _LOAD_TO = {Width.I32: "tl.int32", Width.I64: "tl.int64", Width.F32: "tl.float32"}
 _NATIVE = {"int32": Width.I32, "int64": Width.I64, "float32": Width.F32}
@@ -200,7 +203,7 @@ class TritonPrinter(Printer):
         return template.format(*(_Text(self.argument(node, a, at)) for a in node.args))
 
     def argument(self, user: Op, arg: Expr, at: Level) -> str:
-        if isinstance(arg, Const):  # literals take the width of the other operand
+        if isinstance(arg, Const) or arg in _TILES:  # constants take the width of the other operand
             return self.text(arg, at)
         return super().argument(user, arg, at)
 
@@ -289,7 +292,8 @@ class TritonPrinter(Printer):
         return self._spread(name, level, at)
 
     def size(self, name: str, at: Level) -> str:
-        return safe_name(name)
+        wide = self.plan.width(Size(name)) is Width.I64
+        return f"{safe_name(name)}.to(tl.int64)" if wide else safe_name(name)
 
     def parameter(self, node: Param, at: Level) -> str:
         name = safe_name(node.name)
@@ -298,7 +302,7 @@ class TritonPrinter(Printer):
         return f"{name}.to(tl.int64)" if node.type is INT and self.plan.width(node) is Width.I64 else name
 
     def input(self, node: Input, at: Level) -> str:
-        return "s"
+        return _TILES.get(node, node.name)
 
     def convert(self, text: str, have: Width, want: Width, at: Level) -> str:
         if have is want:

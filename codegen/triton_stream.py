@@ -19,6 +19,7 @@ from .triton import Arguments, arguments, emit, score_text, section_text
 from .triton_common import Config, comment, kernel_context, lines, template, wrapped
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter
+from .triton_runs import bounds_text
 
 __all__ = ["KERNEL_NAME", "emit_forward", "emit_stream", "forward_arguments", "plain", "stream_arguments"]
 
@@ -226,6 +227,7 @@ def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) 
         "distance": full["distance"] or partial["distance"] or any(s.distance for s in steps),
         "values": plan.stream.rows is not None,
         "outputs": _outputs(printer, plan),
+        "bounds": bounds_text(printer, plan.run_bounds("k")),
         "arguments": stream_arguments(plan, config),
     }
     context["helpers"] = helper_sources(printer.helpers)

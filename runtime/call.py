@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["Call"]
 
 
+def _never(loop: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Call:
     """A specialised program with arguments that have been checked against it.
@@ -24,6 +28,8 @@ class Call:
     binds every size the program reads, ``params`` every scalar parameter, ``tensors`` every captured tensor (on the
     device of q). ``runs(tile)`` returns the run map at a (query, key) tile; it is computed once per tile and cached by
     the caller. ``key_tile`` is the number of keys in a tile that suits the mask on a CPU, 0 where the usual one does.
+    ``closed(loop)`` says whether a kernel whose inner loop is over ``"k"`` or ``"q"`` may compute its own
+    run bounds and leave the run map alone; where runs come from elsewhere than the mask it may not.
     """
 
     program: Program
@@ -36,6 +42,7 @@ class Call:
     scale: float
     runs: Callable[[tuple[int, int]], RunMap]
     key_tile: int = 0
+    closed: Callable[[str], bool] = _never
 
     @property
     def storage(self) -> dict[str, str]:

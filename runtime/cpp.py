@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 
 import torch
@@ -18,6 +19,7 @@ from attnlang.passes.streaming import Accumulator, Made
 from .call import Call
 from .cpp_common import KernelCache, Loaded, Schedule, plan_of, schedule_of
 from .errors import Unavailable
+from .runs import warn_blind
 from .toolchain import matrix_registers, processor_features
 
 __all__ = ["Kernel", "forward", "outputs", "select_isa"]
@@ -38,7 +40,7 @@ class Kernel:
             self._space.argtypes = (ctypes.c_int64,) * 3
             self._space.restype = ctypes.c_int64
 
-    def __call__(self, call: Call, schedule: Schedule, threads: int) -> dict[str, Tensor]:
+    def __call__(self, call: Call, schedule: Schedule | None, threads: int) -> dict[str, Tensor]:
         """Return every output of the plan by name."""
         stream = self.plan.stream
         assert stream is not None
@@ -46,7 +48,9 @@ class Kernel:
         tensors = {"q": call.q, "k": call.k, "v": call.v, **made}
         if self._space is not None:
             tensors["space"] = torch.empty(self._space(*call.k.shape[:3]), dtype=torch.uint8)
-        self._loaded.run(call, tensors, schedule, min(threads, schedule.threads(call)))
+        if schedule is not None:
+            threads = min(threads, schedule.threads(call))
+        self._loaded.run(call, tensors, schedule, threads)
         return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
 
     def nothing(self, call: Call) -> dict[str, Tensor]:
@@ -113,6 +117,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         o = torch.empty((*call.q.shape[:3], call.v.shape[3]), dtype=call.q.dtype)
         return o, torch.empty(call.q.shape[:3], dtype=torch.float32)
     made = outputs(call)
+    if call.closed("k") and made["lse"][-1, -1, -1] == -math.inf and bool((made["lse"] == -math.inf).all()):
+        warn_blind(call.program.mask, call.program.name)  # no run map was made, which would have said so
     return made["o"], made["lse"]
 
 
@@ -134,7 +140,7 @@ def outputs(call: Call) -> dict[str, Tensor]:
         kernel = _kernels.get(call, isa)
     if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
         return kernel.nothing(call)
-    return kernel(call, schedule_of(call, isa), torch.get_num_threads())
+    return kernel(call, schedule_of(call, isa, kernel.plan), torch.get_num_threads())
 
 
 def _use_matrix(rows: int) -> bool:

@@ -78,8 +78,10 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
     }
     for i, grad in enumerate(kernel.plan.grads):
         tensors[f"d{i}"] = _buffer(call, grad, shares, blocks)
-    schedule = schedule_of(call, isa)
-    kernel.run(call, tensors, schedule, min(torch.get_num_threads(), schedule.threads(call)))
+    schedule, threads = schedule_of(call, isa, kernel.plan), torch.get_num_threads()
+    if schedule is not None:
+        threads = min(threads, schedule.threads(call))
+    kernel.run(call, tensors, schedule, threads)
     parts = [_gather(call, grad, tensors[f"d{i}"]) for i, grad in enumerate(kernel.plan.grads)]
     captured = total(call, wanted, kernel.plan.grads, parts)
     dk, dv = (tensors[n][..., : t.shape[3]].to(t.dtype) for n, t in (("dk", call.k), ("dv", call.v)))

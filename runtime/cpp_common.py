@@ -67,7 +67,7 @@ class Schedule:
         return field if isinstance(field, int) else field.ctypes.data
 
 
-_Getter = Callable[[Call, Mapping[str, Tensor], Schedule], Any]
+_Getter = Callable[[Call, Mapping[str, Tensor], Any], Any]
 _NOTHING = torch.zeros(1, dtype=torch.float64)  # what loads from a tensor without elements read
 
 
@@ -123,8 +123,11 @@ class Loaded:
         self._entry.argtypes = (ctypes.c_char_p, ctypes.c_int)
         self._entry.restype = None
 
-    def run(self, call: Call, tensors: Mapping[str, Tensor], schedule: Schedule, threads: int) -> None:
-        """Call the function; ``tensors`` are q, k, v, outputs and whatever else the record points to."""
+    def run(self, call: Call, tensors: Mapping[str, Tensor], schedule: Schedule | None, threads: int) -> None:
+        """Call the function; ``tensors`` are q, k, v, outputs and whatever else the record points to.
+
+        ``schedule`` is what :func:`schedule_of` gave for this kernel.
+        """
         self._entry(self._pack(*(get(call, tensors, schedule) for get in self._getters)), threads)
 
 
@@ -154,8 +157,8 @@ class KernelCache(Generic[K]):
     def get(self, call: Call, isa: Isa, wanted: tuple[str, ...] = ()) -> K:
         """Return the kernel for ``call``, built now if it is new."""
         dtypes = tuple(t.dtype for t in call.tensors.values())
-        wide = is_wide(call)
-        key = (id(call.program), call.q.dtype, call.q.shape[3], call.v.shape[3], dtypes, wide, isa, wanted)
+        wide, closed = is_wide(call), call.closed("k")
+        key = (id(call.program), call.q.dtype, call.q.shape[3], call.v.shape[3], dtypes, wide, closed, isa, wanted)
         found = self._found.get(key)
         if found is not None:
             return found[1]
@@ -208,6 +211,7 @@ def plan_of(call: Call, wide: bool, captured_grads: Iterable[str] | None = None)
         wide=wide,
         backward=captured_grads is not None,
         captured_grads=captured_grads or (),
+        closed=("k",) if call.closed("k") else (),
     )
 
 
@@ -216,7 +220,10 @@ PARTIAL_COST = 1.25
 """Time of a PARTIAL tile in FULL tiles, for the order of work."""
 
 
-def schedule_of(call: Call, isa: Isa) -> Schedule:
+def schedule_of(call: Call, isa: Isa, plan: KernelPlan | None = None) -> Schedule | None:
+    """Return the run map of ``call`` as kernels want it, None for a kernel of ``plan`` that needs none."""
+    if plan is not None and plan.run_bounds("k") is not None:
+        return None
     runs = call.runs((isa.rows, isa.tile))
     found = _schedules.get(id(runs))
     if found is not None:

@@ -57,7 +57,16 @@ class Site:
         bound = self.binder.bind(*operands, given, {}, scale)
         runs = run_maps.provider(self.program, bound.sizes, bound.params, bound.tensors)
         return Call(
-            self.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale, runs
+            self.program,
+            bound.q,
+            bound.k,
+            bound.v,
+            bound.sizes,
+            bound.params,
+            bound.tensors,
+            bound.scale,
+            runs,
+            runs.closed,
         )
 
 

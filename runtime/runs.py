@@ -1,4 +1,4 @@
-"""Run maps of calls, remembered while nothing they depend on has changed.
+"""Run maps of calls: from the closed form of the mask where it has one, else analysed and remembered.
 
 A run map is a function of the mask, the lengths, the parameters and the captured tensors the mask reads. Small tensors
 on the CPU are identified by their contents; others by the tensor object and its version counter, which every in-place
@@ -25,7 +25,7 @@ from attnlang.ir import Expr, Index, Load, Param, Program, Scalar, Size, postord
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
 
-__all__ = ["Memory", "RunMaps", "identify", "run_maps"]
+__all__ = ["Memory", "RunMaps", "Runs", "identify", "run_maps", "warn_blind"]
 
 Tile: TypeAlias = tuple[int, int]
 Key: TypeAlias = tuple[Any, ...]
@@ -70,8 +70,29 @@ def _fingerprint(t: torch.Tensor) -> tuple[Key, weakref.ref[torch.Tensor] | None
     return (*kind, id(t), t.data_ptr(), t.stride(), t._version), weakref.ref(t)
 
 
+@dataclass(frozen=True)
+class Runs:
+    """The run maps of one call, as a function of the (query, key) tile."""
+
+    find: Callable[[Tile], RunMap]
+    program: Program
+    sizes: Mapping[str, int]
+    params: Mapping[str, Scalar]
+    tensors: Mapping[str, torch.Tensor]
+
+    def __call__(self, tile: Tile) -> RunMap:
+        return self.find(tile)
+
+    def closed(self, loop: str) -> bool:
+        """Whether a kernel whose inner loop is over ``loop`` (``"k"`` or ``"q"``) may compute its own run bounds."""
+        from attnlang.sparsity import closed_form
+
+        form = closed_form(self.program, loop)
+        return form is not None and form.exact and form.holds(self.sizes, self.params, _storage(self.tensors))
+
+
 @functools.lru_cache(maxsize=CAPACITY)
-def _warn_once(mask: Expr, name: str) -> None:
+def warn_blind(mask: Expr, name: str) -> None:
     """A mask that hides everything is more often a mistake than wanted; say so, once for each mask."""
     reason = (
         "what its captured tensors hold"
@@ -157,33 +178,40 @@ class RunMaps:
         sizes: Mapping[str, int],
         params: Mapping[str, Scalar],
         tensors: Mapping[str, torch.Tensor],
-    ) -> Callable[[Tile], RunMap]:
-        """Return the function of a call that maps a (query, key) tile to its run map."""
+    ) -> Runs:
+        """Return the run maps of a call."""
         base: list[Identity | None] = []
 
-        def runs(tile: Tile) -> RunMap:
+        def find(tile: Tile) -> RunMap:
             if not base:
                 base.append(identify((program.mask,), sizes, params, tensors))
-            found = self._memory.get(base[0], (tile,), lambda: _analyse(program, sizes, params, tensors, tile))
+            found = self._memory.get(base[0], (tile,), lambda: _made(program, sizes, params, tensors, tile))
             if found.always_empty and found.rows and found.sizes[1]:
-                _warn_once(program.mask, program.name)
+                warn_blind(program.mask, program.name)
             return found
 
-        return runs
+        return Runs(find, program, sizes, params, tensors)
 
     def clear(self) -> None:
         self._memory.clear()
 
 
-def _analyse(
+def _storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+
+
+def _made(
     program: Program,
     sizes: Mapping[str, int],
     params: Mapping[str, Scalar],
     tensors: Mapping[str, torch.Tensor],
     tile: Tile,
 ) -> RunMap:
-    from attnlang.sparsity import analyse
+    from attnlang.sparsity import analyse, closed_form
 
+    form = closed_form(program)
+    if form is not None and form.exact and form.holds(sizes, params, _storage(tensors)):
+        return form.run_map(program, sizes, params, tensors, tile)
     return analyse(program, sizes, params, tensors, tile=tile)
 
 

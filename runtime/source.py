@@ -46,7 +46,7 @@ def plan_for(
     dtype: str,
     storage: Mapping[str, str] | None = None,
 ) -> KernelPlan:
-    """Return the plan of the forward kernel of a specialised program.
+    """Return the plan of the forward kernel of a specialised program; it computes its run bounds where it can.
 
     ``storage`` gives dtype names of captured tensors; int64, float32 and bool where it is silent.
 
@@ -62,7 +62,22 @@ def plan_for(
         if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MAX_DIM:
             raise UsageError(f"{name} must be an int from 1 to {MAX_DIM}, got {dim!r}")
     held = {t.name: (storage or {}).get(t.name, _STORAGE.get(t.type, "float32")) for t in program.tensors}
-    return make_plan(program, dtype=dtype, head_dim=head_dim, value_dim=value_dim, storage=held)
+    return make_plan(
+        program,
+        dtype=dtype,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        storage=held,
+        closed=("k",) if _exact(program) else (),
+    )
+
+
+def _exact(program: Program) -> bool:
+    """Whether a kernel needs no run table: its text says what numbers it needs to be positive."""
+    from attnlang.sparsity import closed_form
+
+    form = closed_form(program)
+    return form is not None and form.exact
 
 
 def isa_for(target: str) -> Isa:

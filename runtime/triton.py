@@ -14,7 +14,7 @@ from attnlang.passes.streaming import Unstreamable
 
 from .call import Call
 from .errors import Unavailable
-from .triton_common import Kernel, Kernels, captured_arguments, check, device_table, plan_key, plan_of
+from .triton_common import Kernel, Kernels, captured_arguments, check, plan_key, plan_of, table_of
 
 __all__ = ["forward", "outputs"]
 
@@ -81,7 +81,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     captured = captured_arguments(call, kernel.plan)
 
     def arguments(config: Config) -> tuple[Any, ...]:
-        table = device_table(call.runs(config.tile), q.device)
+        table = table_of(call, kernel.plan, config, "k")
         return (q, call.k, call.v, o, lse, scale, *captured, *table)
 
     kernel.run(arguments)
@@ -127,7 +127,7 @@ def outputs(call: Call) -> dict[str, Tensor]:
     captured = captured_arguments(call, kernel.plan)
 
     def arguments(config: Config) -> tuple[Any, ...]:
-        table = device_table(call.runs(config.tile), call.q.device)
+        table = table_of(call, kernel.plan, config, "k")
         return (call.q, call.k, call.v, *rows, *numbers, call.scale, *captured, *table)
 
     kernel.run(arguments)

@@ -14,7 +14,7 @@ import torch
 from attnlang.codegen.plan import CapturedGrad, KernelPlan
 from attnlang.codegen.scatter import Scatter, scatter_of
 from attnlang.codegen.triton_backward import emit_keys, emit_queries
-from attnlang.codegen.triton_backward_arguments import KEYS, QUERIES, belongs
+from attnlang.codegen.triton_backward_arguments import KEYS, LOOP, QUERIES, belongs
 from attnlang.codegen.triton_backward_tiles import candidates
 from attnlang.codegen.triton_common import Config
 from attnlang.ir import KEY_ADDRESS, Const, Index
@@ -23,7 +23,7 @@ from attnlang.passes.levels import Level
 from .call import Call
 from .captured_grads import Gradients, bring_back, total
 from .errors import Unavailable
-from .triton_common import Kernel, Kernels, captured_arguments, check, device_table, plan_key, plan_of
+from .triton_common import Kernel, Kernels, captured_arguments, check, plan_key, plan_of, table_of
 
 __all__ = ["Gradients", "backward"]
 
@@ -213,8 +213,7 @@ def _run(call: Call, which: str, kernel: Kernel, operands: tuple[Tensor, ...], *
         shares = _shares(call, grads, tiles) if which == QUERIES else None
         made.update((i, _Sums(call, grads[i], tiles, shares or 1, unit)) for i in own)
         buffers = [argument for i in own for argument in made[i].arguments] + ([] if shares is None else [shares])
-        run_map = call.runs(config.tile)
-        table = device_table(run_map if which == QUERIES else run_map.transpose(), call.q.device)
+        table = table_of(call, kernel.plan, config, LOOP[which])
         return (*operands, call.scale, *captured, *buffers, *table)
 
     kernel.run(arguments)

@@ -31,7 +31,17 @@ from .cache import Cache
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["Kernel", "Kernels", "captured_arguments", "check", "device_table", "plan_key", "plan_of", "target_of"]
+__all__ = [
+    "Kernel",
+    "Kernels",
+    "captured_arguments",
+    "check",
+    "device_table",
+    "plan_key",
+    "plan_of",
+    "table_of",
+    "target_of",
+]
 
 MAX_HEAD_DIM = 512
 MAX_KERNELS = 512
@@ -161,7 +171,13 @@ class Kernels(Generic[Made]):
 def plan_key(call: Call, target: str) -> tuple[Hashable, ...]:
     """Return what a plan depends on; what is kept under it has to keep the program, so that its id stays taken."""
     dims = (call.q.shape[3], call.v.shape[3])
-    return id(call.program), call.q.dtype, dims, tuple(call.storage.items()), _needs_wide(call), target
+    storage = tuple(call.storage.items())
+    return id(call.program), call.q.dtype, dims, storage, _needs_wide(call), _closed(call), target
+
+
+def _closed(call: Call) -> tuple[str, ...]:
+    """Return the axes along which kernels may compute their run bounds."""
+    return tuple(filter(call.closed, "kq"))
 
 
 def plan_of(call: Call, *, backward: bool = False, captured_grads: tuple[str, ...] = ()) -> KernelPlan:
@@ -175,6 +191,7 @@ def plan_of(call: Call, *, backward: bool = False, captured_grads: tuple[str, ..
         wide=_needs_wide(call),
         backward=backward,
         captured_grads=captured_grads,
+        closed=_closed(call) if backward else filter(call.closed, "k"),
     )
 
 
@@ -228,6 +245,14 @@ def device_table(run_map: RunMap, device: torch.device) -> Table:
         order = (run_map.nq - 1, -1) if last_is_heavy else (0, 1)
         tables[device] = (full, runs, part, other, run_map.batch, run_map.heads, *order)
     return tables[device]
+
+
+def table_of(call: Call, plan: KernelPlan, config: Config, loop: str) -> Table | tuple[()]:
+    """Return the run table for the kernel of ``plan`` that loops over ``loop``, nothing where it needs none."""
+    if plan.run_bounds(loop) is not None:
+        return ()
+    run_map = call.runs(config.tile)
+    return device_table(run_map if loop == "k" else run_map.transpose(), call.q.device)
 
 
 def _captured(tensor: Tensor) -> Tensor:

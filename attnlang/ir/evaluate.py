@@ -74,8 +74,8 @@ def evaluate(expr: Expr, env: Environment) -> Tensor:
                 done[node] = env.scalar(env.sizes[name], INT)
             case Param(name=name, type=type_):
                 done[node] = env.scalar(env.params[name], type_)
-            case Input(name=name):
-                done[node] = env.inputs[name].to(env.float_dtype)
+            case Input(name=name, type=type_):
+                done[node] = env.inputs[name].to(env.dtype(type_))
             case Load():
                 done[node] = _load(node, env, done)
             case Op(op="to_float"):

@@ -31,6 +31,7 @@ __all__ = [
     "Python",
     "Truth",
     "value_range",
+    "value_ranges",
 ]
 
 INF = 2**61
@@ -399,6 +400,27 @@ def _apply(node: Op, args: list[Any]) -> Any:
     return _logic(name, args) if node.type is BOOL and kind is BOOL else _leaf(node)
 
 
+def value_ranges(
+    *roots: Expr, bounds: Mapping[Expr, tuple[int | None, int | None]] | None = None
+) -> dict[Expr, Interval]:
+    """Return what :func:`value_range` says of every int node under ``roots``, in one walk."""
+    known = bounds or {}
+    done: dict[Expr, Any] = {}
+    for node in postorder(*roots):
+        args = [done[a] for a in node.args]
+        value = _apply(node, args) if isinstance(node, Op) else _leaf(node)
+        if node in known and node.type is INT:
+            lo, hi = known[node]
+            lo, hi = (-INF if lo is None else lo), (INF if hi is None else hi)
+            value = Interval(max(value.lo, lo), min(value.hi, hi))
+        done[node] = value
+    return {
+        node: Interval(None if x.lo <= -INF else x.lo, None if x.hi >= INF else x.hi)
+        for node, x in done.items()
+        if node.type is INT
+    }
+
+
 def value_range(expr: Expr, bounds: Mapping[Expr, tuple[int | None, int | None]] | None = None) -> Interval:
     """Return bounds that hold for ``expr`` (an int) wherever it is evaluated; None where it has none.
 
@@ -410,15 +432,4 @@ def value_range(expr: Expr, bounds: Mapping[Expr, tuple[int | None, int | None]]
     """
     if expr.type is not INT:
         raise TypeError(f"value_range needs an int expression, got {expr.type}")
-    known = bounds or {}
-    done: dict[Expr, Any] = {}
-    for node in postorder(expr):
-        args = [done[a] for a in node.args]
-        value = _apply(node, args) if isinstance(node, Op) else _leaf(node)
-        if node in known and node.type is INT:
-            lo, hi = known[node]
-            lo, hi = (-INF if lo is None else lo), (INF if hi is None else hi)
-            value = Interval(max(value.lo, lo), min(value.hi, hi))
-        done[node] = value
-    out: Interval = done[expr]
-    return Interval(None if out.lo <= -INF else out.lo, None if out.hi >= INF else out.hi)
+    return value_ranges(expr, bounds=bounds)[expr]

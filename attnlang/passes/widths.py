@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from attnlang.ir import BOOL, FLOAT, Const, Expr, Index, Load, Param, Size, postorder
 
-from .intervals import value_range
+from .intervals import value_ranges
 
-__all__ = ["NARROW_LIMIT", "Width", "assumptions", "widths"]
+__all__ = ["INT_RANGES", "NARROW_LIMIT", "Width", "assumptions", "widths"]
 
 NARROW_LIMIT = 2**28
 """Kernels of the narrow kind are launched only when every length and int parameter is below this in magnitude.
@@ -58,13 +58,14 @@ def assumptions(
 def widths(roots: tuple[Expr, ...], bounds: Mapping[Expr, tuple[int | None, int | None]]) -> dict[Expr, Width]:
     """Return the width of every node under ``roots``."""
     out: dict[Expr, Width] = {}
+    ranges = value_ranges(*roots, bounds=bounds)
     for node in postorder(*roots):
         if node.type is BOOL:
             out[node] = Width.BOOL
         elif node.type is FLOAT:
             out[node] = Width.F32
         else:
-            span = value_range(node, bounds)
+            span = ranges[node]
             fits = span.lo is not None and span.hi is not None and span.lo >= -(2**31) and span.hi < 2**31
             operands_fit = isinstance(node, (Const, Load)) or all(out[a] is not Width.I64 for a in node.args)
             out[node] = Width.I32 if fits and operands_fit else Width.I64

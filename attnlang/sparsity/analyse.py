@@ -15,10 +15,11 @@ from .layout import Layout, lay_out
 from .refine import refine
 from .runmap import RunMap
 
-__all__ = ["analyse"]
+__all__ = ["analyse", "check_sizes"]
 
 
-def _check(sizes: Mapping[str, int], tile: tuple[int, int]) -> None:
+def check_sizes(sizes: Mapping[str, int], tile: tuple[int, int]) -> None:
+    """Raise a UsageError where a length is missing or out of range, or a side of the tile is."""
     for name in ("Lq", "Lk"):
         if sizes.get(name, -1) < 0:
             raise UsageError(f"size {name!r} must be given and not negative, got {sizes.get(name)}")
@@ -49,7 +50,7 @@ def analyse(
     Raises:
         UsageError: something the mask reads has no value, a size or tile is out of range, or the layout does not fit.
     """
-    _check(sizes, tile)
+    check_sizes(sizes, tile)
     if layout is not None:
         laid = lay_out(program, layout, sizes, params, tensors)
         program, sizes, tensors = laid.program, laid.sizes, laid.tensors

@@ -112,7 +112,7 @@ class Report:
         form = None
         if self.form is not None:
             names = ("touched_lo", "touched_hi", "full_lo", "full_hi")
-            form = {n: format_expr(getattr(self.form, n)) for n in names}
+            form = [{n: format_expr(getattr(part, n)) for n in names} for part in self.form.parts]
         return {
             "name": self.name,
             "lengths": list(self.runs.sizes),
@@ -188,12 +188,12 @@ class Report:
     def _form(self) -> list[str]:
         if self.form is None:
             return []
-        low, high = (_cut(format_expr(x), WIDTH) for x in (self.form.touched_lo, self.form.touched_hi))
-        full_low, full_high = (_cut(format_expr(x), WIDTH) for x in (self.form.full_lo, self.form.full_hi))
-        return [
-            f"  closed form: rows q_first..q_last see keys from {low} up to {high}",
-            f"    and all of them from {full_low} up to {full_high}",
-        ]
+        out = []
+        for start, part in zip(("closed form: rows q_first..q_last see", "and"), self.form.parts, strict=False):
+            low, high, full_low, full_high = (_cut(format_expr(x), WIDTH) for x in part.exprs)
+            out.append(f"  {start} keys from {low} up to {high}")
+            out.append(f"    and all of them from {full_low} up to {full_high}")
+        return out
 
     def _advice(self) -> list[str]:
         return [f"  advice: {text}" for text in self.advice]

@@ -35,16 +35,16 @@ def documents(*, by_batch: bool = False) -> Program:
 
 @pytest.fixture
 def maps(monkeypatch):
-    """A fresh cache whose ``analysed`` counts the analyses."""
-    analyse = module._analyse
+    """A fresh cache whose ``made`` counts the maps that were not remembered."""
+    make = module._made
     cache = RunMaps()
-    cache.analysed = 0  # type: ignore[attr-defined]
+    cache.made = 0  # type: ignore[attr-defined]
 
     def counted(*args: Any):
-        cache.analysed += 1  # type: ignore[attr-defined]
-        return analyse(*args)
+        cache.made += 1  # type: ignore[attr-defined]
+        return make(*args)
 
-    monkeypatch.setattr(module, "_analyse", counted)
+    monkeypatch.setattr(module, "_made", counted)
     return cache
 
 
@@ -56,7 +56,7 @@ def test_an_equal_call_is_remembered(maps):
     first = get(maps, causal())
     assert get(maps, causal()) is first
     assert get(maps, causal(), {**SIZES, "B": 7, "H": 9}) is first, "the mask reads neither b nor h"
-    assert maps.analysed == 1
+    assert maps.made == 1
 
 
 @pytest.mark.parametrize("change", [{"Lq": 500}, {"Lk": 500}])
@@ -142,7 +142,7 @@ def test_captured_dtypes_and_empty_tensors(maps, dtype, length):
     flags = torch.zeros(length, dtype=dtype)
     get(maps, documents(), sizes, tensors={"doc": flags})
     get(maps, documents(), sizes, tensors={"doc": flags})
-    assert maps.analysed == 1
+    assert maps.made == 1
 
 
 @pytest.mark.parametrize("length", [0, 1])
@@ -150,7 +150,7 @@ def test_a_tensor_of_one_element_may_have_any_stride(maps, length):
     sizes = {**SIZES, "Lq": length, "Lk": length}
     get(maps, documents(), sizes, tensors={"doc": torch.arange(9)[::4][:length]})
     get(maps, documents(), sizes, tensors={"doc": torch.zeros(length, dtype=torch.int64)})
-    assert maps.analysed == 1
+    assert maps.made == 1
 
 
 def test_the_least_recently_used_map_goes_first(monkeypatch):
