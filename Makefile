@@ -6,6 +6,7 @@
 # make fuzz      200,000 random masks: is every tile what the analysis says? (half an hour)
 # make lint      style, formatting, types
 # make bench     all benchmarks; results go to benchmarks/results/
+# make resources compile the library's kernels for GPUs that need not be here, as far as they changed
 # make clean     remove what was built (environments stay; `make distclean` removes them too)
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ STAMP   := $(VENV)/.attnlang-setup
 STAMP36 := $(VENV36)/.attnlang-setup
 PIP     := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: setup demo test test-long test-triton lint format bench fuzz fuzz-sparsity fuzz-grad clean distclean help
+.PHONY: setup demo test test-long test-triton lint format bench resources fuzz fuzz-sparsity fuzz-grad clean distclean help
 .DELETE_ON_ERROR:
 
 help:
@@ -72,17 +73,24 @@ bench: setup
 	$(BIN)/python benchmarks/cpu_backward.py
 	$(BIN)/python benchmarks/first_call.py
 	$(BIN)/python benchmarks/sparsity.py
+	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/report.py
 
+# registers, spills and shared memory; hours for everything, but it goes on where it was stopped
+resources: setup
+	$(BIN)/python benchmarks/gpu_resources.py
+	$(BIN)/python benchmarks/gpu_backward_resources.py
+	$(BIN)/python benchmarks/report.py
+
 # 200,000 random mask programs against brute force: no tile may be called empty or full that is not.
+fuzz fuzz-sparsity: setup
+	$(BIN)/python tests/sparsity/fuzz.py --jobs $(JOBS)
+
 # A hundred times the random differentiable scores of a test run; ATTNLANG_SEED=N starts at another seed.
 fuzz-grad: setup
 	ATTNLANG_FUZZ=100 $(BIN)/python -m pytest -n $(JOBS) tests/backward/test_random_scores.py
-
-fuzz fuzz-sparsity: setup
-	$(BIN)/python tests/sparsity/fuzz.py --jobs $(JOBS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import library
-    from .api import Attention, compile, load, parse, program, reference
+    from .api import Attention, compile, load, parse, reference
     from .flex import (
         AuxOutput,
         AuxRequest,
@@ -28,13 +28,18 @@ if TYPE_CHECKING:
         not_mask,
         or_masks,
     )
+    from .hooks import dot, elementwise, entmax15, normalizer, output, program, softmax, sparsemax, stat, sum_d
     from .ir import AttnlangError, Program, ProgramError, UsageError
     from .runtime import Unavailable
 
 __version__ = "0.1.0"
 
+_HOOKS = (
+    *("dot", "elementwise", "entmax15", "normalizer", "output", "program", "softmax", "sparsemax", "stat", "sum_d"),
+)
 _HOME = {
-    **dict.fromkeys(("Attention", "compile", "load", "parse", "program", "reference"), "api"),
+    **dict.fromkeys(("Attention", "compile", "load", "parse", "reference"), "api"),
+    **dict.fromkeys(_HOOKS, "hooks"),
     **dict.fromkeys(
         (
             "AuxOutput",
@@ -68,15 +73,24 @@ __all__ = [
     "compile",
     "create_block_mask",
     "create_mask",
+    "dot",
+    "elementwise",
+    "entmax15",
     "flex_attention",
     "library",
     "load",
     "noop_mask",
+    "normalizer",
     "not_mask",
     "or_masks",
+    "output",
     "parse",
     "program",
     "reference",
+    "softmax",
+    "sparsemax",
+    "stat",
+    "sum_d",
 ]
 
 

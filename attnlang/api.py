@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -12,7 +12,7 @@ from attnlang.ir import FLOAT, OUTPUT_NAMES, Program, Scalar, UsageError, digest
 from attnlang.ir import reference as evaluate_dense
 from attnlang.passes.learned import learnable, only_in_masks, with_captured_numbers
 from attnlang.passes.specialise import specialise
-from attnlang.runtime import dispatch
+from attnlang.runtime import dispatch, layouts
 from attnlang.runtime.bind import Binder, Bound, check_scalar, suggest
 from attnlang.runtime.call import Call
 from attnlang.runtime.op import Site, attend, register
@@ -21,27 +21,13 @@ from attnlang.runtime.runs import run_maps
 
 if TYPE_CHECKING:
     from attnlang.grammar import Module
-    from attnlang.sparsity import Report, RunMap
+    from attnlang.sparsity import Layout, Report, RunMap
     from attnlang.tracing import Traced
 
-__all__ = ["Attention", "compile", "load", "load_all", "parse", "program", "reference"]
+__all__ = ["Attention", "compile", "load", "load_all", "parse", "reference"]
 
 Tensor = torch.Tensor
-Mod = Callable[..., Any]
-
-
-def program(mask: Mod | None = None, score: Mod | None = None, *, name: str | None = None) -> Traced:
-    """Trace Python functions with FlexAttention's signatures into a program.
-
-    ``mask(b, h, q_idx, kv_idx)`` and ``score(score, b, h, q_idx, kv_idx)``; tensors they close over become captured
-    tensors and numbers become parameters of the program, with the traced values as defaults.
-
-    Raises:
-        ProgramError: a function does something that cannot be compiled; the message names the line.
-    """
-    from attnlang.tracing import trace
-
-    return trace(mask, score, name=name)
+LayoutChoice: TypeAlias = "Layout | str | Tensor | tuple[Tensor, Tensor] | None"
 
 
 def _pick(module: Module, pattern: str | None) -> Program:
@@ -85,25 +71,40 @@ def load_all(path: str | Path) -> dict[str, Program]:
     return dict(load_file(path).patterns)
 
 
-def compile(program: Program | Traced, *, backend: str | None = None, **static: Scalar) -> Attention:
+def compile(
+    program: Program | Traced, *, backend: str | None = None, layout: LayoutChoice = None, **static: Scalar
+) -> Attention:
     """Make a program callable.
 
     ``backend`` is ``"cpp"``, ``"triton"`` or ``"eager"``; None chooses by the device of the tensors. ``static`` gives
     values to parameters that are fixed from here on. Kernels are built when first called and then kept, in memory and
     on disk.
 
+    ``layout`` puts the tokens in another order inside every call, so that more tiles are empty: ``"auto"`` lets the
+    compiler choose for the lengths of the call, a text such as ``"8x8"``, ``"8x1%2"`` or ``"hilbert"`` names an order
+    of the program's grid, and a :class:`attnlang.sparsity.Layout`, or int tensors [tokens] or [heads, tokens] (one, or
+    a pair for queries and keys), gives it. Arguments, captured tensors and results stay in the caller's order.
+
     Raises:
-        UsageError: unknown backend or parameter, or a static parameter without value.
+        UsageError: unknown backend or parameter, a static parameter without value, or an order that is none.
         ProgramError: the program is not valid.
     """
-    return Attention(program, backend=backend, **static)
+    return Attention(program, backend=backend, layout=layout, **static)
 
 
 class Attention:
     """A compiled program: call it with q, k and v."""
 
-    def __init__(self, program: Program | Traced, *, backend: str | None = None, **static: Scalar) -> None:
+    def __init__(
+        self,
+        program: Program | Traced,
+        *,
+        backend: str | None = None,
+        layout: LayoutChoice = None,
+        **static: Scalar,
+    ) -> None:
         self.backend = dispatch.check_backend(backend)
+        self.layout = _checked_layout(layout)
         source, self._defaults = _unpack(program)
         self.program = specialise(verify(source), _checked_static(source, static))
         self._defaults = {n: v for n, v in self._defaults.items() if n not in static}
@@ -116,14 +117,16 @@ class Attention:
 
     def _with_captured_numbers(self) -> Attention:
         """The same attention with every learnable float parameter as a captured 0-d tensor."""
-        other = Attention(with_captured_numbers(self.program, self._learnable), backend=self.backend)
+        other = Attention(
+            with_captured_numbers(self.program, self._learnable), backend=self.backend, layout=self.layout
+        )
         other._defaults = self._defaults
         return other
 
     def _enter_graphs(self) -> None:
         """Get a handle by which graphs that PyTorch captures can refer to this program."""
         self._standard = self.program.standard
-        self._site = Site(self.program, self._binder, self.backend)
+        self._site = Site(self.program, self._binder, self.backend, self.layout)
         self._handle = register(self._site)
         self._tensor_names = tuple(t.name for t in self.program.tensors)
         self._given = {p.name: p.default for p in self.program.scalars if p.default is not None} | dict(self._defaults)
@@ -207,7 +210,7 @@ class Attention:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None, captured: dict[str, Any]
     ) -> dict[str, Tensor]:
         bound = self._binder.bind(q, k, v, captured, self._defaults, scale)
-        return dispatch.run(self._call(bound), dispatch.check_backend(backend) or self.backend)
+        return layouts.run(self._call(bound), self.layout, dispatch.check_backend(backend) or self.backend)
 
     def _captured_call(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, captured: dict[str, Any]
@@ -244,14 +247,31 @@ class Attention:
         tile: tuple[int, int] = (128, 128),
         **captured: Any,
     ) -> RunMap:
-        """Return which tiles are empty, full and partial at these lengths.
+        """Return which tiles are empty, full and partial at these lengths, in the order of the layout if there is one.
 
         Raises:
-            UsageError: a negative length, or a captured tensor or parameter that does not fit.
+            UsageError: a negative length, or a captured tensor, a parameter or the layout does not fit.
         """
         sizes = {"B": B, "H": H, "Hkv": H if Hkv is None else Hkv, "Lq": Lq, "Lk": Lk}
         sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
-        return run_maps.provider(self.program, sizes, params, tensors)(tile)
+        layout = layouts.choose(self.program, sizes, params, tensors, self.layout)
+        if layout is None:
+            return run_maps.provider(self.program, sizes, params, tensors)(tile)
+        from attnlang.sparsity import analyse
+
+        return analyse(self.program, sizes, params, tensors, tile, layout=layout)
+
+    def layout_of(
+        self, q_len: int, kv_len: int, *, B: int = 1, H: int = 1, Hkv: int | None = None, **captured: Any
+    ) -> Layout | None:
+        """Return the order of tokens that calls of these lengths use on a CPU, None for the order they come in.
+
+        Raises:
+            UsageError: a negative length, or a captured tensor, a parameter or the layout does not fit.
+        """
+        sizes = {"B": B, "H": H, "Hkv": H if Hkv is None else Hkv, "Lq": q_len, "Lk": kv_len}
+        sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
+        return layouts.choose(self.program, sizes, params, tensors, self.layout)
 
     def source(
         self, target: str = "cpu", head_dim: int = 64, value_dim: int | None = None, dtype: str = "float32"
@@ -287,7 +307,8 @@ class Attention:
 
         sizes = {"B": B, "H": H, "Hkv": H, "Lq": q_len, "Lk": kv_len}
         sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
-        return explain(self.program, sizes, params, tensors, tile)
+        layout = layouts.choose(self.program, sizes, params, tensors, self.layout)
+        return explain(self.program, sizes, params, tensors, tile, layout=layout)
 
     def __repr__(self) -> str:
         where = f", backend={self.backend!r}" if self.backend else ""
@@ -339,6 +360,20 @@ def _unpack(program: Program | Traced) -> tuple[Program, Mapping[str, Any]]:
         hint = "; trace Python functions with attnlang.program(mask=..., score=...)" if callable(program) else ""
         raise UsageError(f"expected a program, got {kind}{hint}")
     return inner, {**program.tensors, **program.scalars}
+
+
+def _checked_layout(layout: LayoutChoice) -> Layout | str | None:
+    if layout is None or isinstance(layout, str):
+        return layout
+    from attnlang.sparsity import Layout
+
+    if isinstance(layout, Layout):
+        return layout
+    pair = tuple(layout) if isinstance(layout, tuple | list) else (layout,)
+    if len(pair) not in (1, 2) or not all(isinstance(t, Tensor) for t in pair):
+        kind = type(layout).__name__
+        raise UsageError(f"layout must be a Layout, a text, an int tensor or a pair of int tensors, got {kind}")
+    return Layout.given(*pair)
 
 
 def _checked_static(program: Program, static: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -20,6 +20,7 @@ from .cli_options import (
     Heads,
     KvHeads,
     KvLen,
+    LayoutText,
     Len,
     QLen,
     Seed,
@@ -131,6 +132,7 @@ def show(
     batch: Batch = 1,
     heads: Heads = 8,
     at: Annotated[str, typer.Option("--at", metavar="B,H", help="The batch element and the head to draw.")] = "0,0",
+    layout: LayoutText = None,
     png: Annotated[Path | None, typer.Option("--png", metavar="OUT", help="Write a picture, too.")] = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="OUT", help="Write a web page to zoom and move about in, too.")
@@ -151,7 +153,7 @@ def show(
 
     shape = {"B": batch, "H": heads, "Hkv": heads, "Lq": _or(q_len, length), "Lk": _or(kv_len, length)}
     sides = parse_tile(tile) if tile else None
-    drawing = draw(source, shape, settings or [], sides, _pair(at, batch, heads), tensors, seed)
+    drawing = draw(source, shape, settings or [], sides, _pair(at, batch, heads), tensors, seed, layout)
     for line in drawing.notes:
         note(f"made up: {line}")
     picture = drawing.picture()
@@ -246,6 +248,7 @@ def run(
     tensors: TensorFile = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto: a GPU if there is one.")] = "auto",
     backend: Annotated[str | None, typer.Option(help="cpp, triton or eager; by default chosen by the device.")] = None,
+    layout: LayoutText = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the float64 reference; exit 1 if wrong.")
     ] = False,
@@ -264,7 +267,7 @@ def run(
     job = prepare(source, shape, settings or [], dtype, device, tensors, seed)
     for line in job.notes:
         note(f"made up: {line}")
-    passed = print_run(job, backend, check)
+    passed = print_run(job, backend, check, layout)
     raise typer.Exit(OK if passed else WRONG)
 
 
@@ -311,6 +314,7 @@ def explain(
     tile: Annotated[str, typer.Option("--tile", "-t", metavar="QxK", help="Tile of the kernel.")] = "128x128",
     batch: Batch = 1,
     heads: Heads = 8,
+    layout: LayoutText = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     tensors: TensorFile = None,
     seed: Seed = 0,
@@ -320,6 +324,8 @@ def explain(
     Example: [cyan]attnlang explain sliding_window --set window=500[/]
 
     Example: [cyan]attnlang explain neighborhood_2d --len 16384 --tile 64x64 --json[/]
+
+    Example: [cyan]attnlang explain neighborhood_2d --set height=64 --set width=64 --layout auto[/]
     """
     from json import dumps
 
@@ -327,7 +333,7 @@ def explain(
     from .cli_work import explain_report
 
     shape = {"B": batch, "H": heads, "Hkv": heads, "Lq": _or(q_len, length), "Lk": _or(kv_len, length)}
-    report, notes = explain_report(source, shape, settings or [], parse_tile(tile), tensors, seed)
+    report, notes = explain_report(source, shape, settings or [], parse_tile(tile), tensors, seed, layout)
     for line in notes:
         note(f"made up: {line}")
     print(dumps(report.to_dict(), indent=2) if json else report)

@@ -19,6 +19,7 @@ __all__ = [
     "Heads",
     "KvHeads",
     "KvLen",
+    "LayoutText",
     "Len",
     "QLen",
     "Seed",
@@ -56,6 +57,15 @@ KvHeads = Annotated[int | None, typer.Option("--kv-heads", min=1, help="Number o
 HeadDim = Annotated[int, typer.Option("--head-dim", "-d", min=1, help="Head dimension of q and k.")]
 ValueDim = Annotated[int | None, typer.Option("--value-dim", min=1, help="Head dimension of v, if not --head-dim.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16, bfloat16 or float64.")]
+LayoutText = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        metavar="ORDER",
+        help="Order of the tokens: auto (the compiler's choice), hilbert, transposed, or patches of the grid such as "
+        "8x8, 8x1%2 (in residue classes modulo 2) or 7x7+3 (shifted by 3).",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is made up.")]
 TensorFile = Annotated[
     str | None,

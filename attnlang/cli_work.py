@@ -118,19 +118,23 @@ def draw(
     at: tuple[int, int],
     tensor_file: str | None,
     seed: int,
+    layout: str | None = None,
 ) -> Drawing:
     """Return the mask of a program, ready to be drawn."""
     program = load_program(source)
     given = {n: t for n, t in _given(tensor_file, program).items() if n not in "qkv"}
     values, notes = _values(program, sizes, settings, given, seed)
-    attention = attnlang.compile(program)
+    attention = attnlang.compile(program, layout=layout)
+    lengths, heads = (sizes["Lq"], sizes["Lk"]), (sizes["H"], sizes["Hkv"])
 
     def run_map(side: tuple[int, int]) -> RunMap:
-        return attention.run_map(
-            sizes["B"], sizes["H"], sizes["Lq"], sizes["Lk"], Hkv=sizes["Hkv"], tile=side, **values
-        )
+        return attention.run_map(sizes["B"], heads[0], *lengths, Hkv=heads[1], tile=side, **values)
 
-    return Drawing(_signature_of_call(program, values), notes, (sizes["Lq"], sizes["Lk"]), tile, at, run_map)
+    title = _signature_of_call(program, values)
+    if layout is not None:
+        chosen = attention.layout_of(*lengths, B=sizes["B"], H=heads[0], Hkv=heads[1], **values)
+        title += f", tokens in {chosen.name if chosen else 'the order they come in'}"
+    return Drawing(title, notes, lengths, tile, at, run_map)
 
 
 def _side(length: int) -> int:
@@ -156,12 +160,13 @@ def explain_report(
     tile: tuple[int, int],
     tensor_file: str | None,
     seed: int,
+    layout: str | None = None,
 ) -> tuple[Report, tuple[str, ...]]:
     """Return the report of ``Attention.explain``, and what was made up for it."""
     program = load_program(source)
     given = {n: t for n, t in _given(tensor_file, program).items() if n not in "qkv"}
     values, notes = _values(program, sizes, settings, given, seed)
-    attention = attnlang.compile(program)
+    attention = attnlang.compile(program, layout=layout)
     return attention.explain(sizes["Lq"], sizes["Lk"], B=sizes["B"], H=sizes["H"], tile=tile, **values), notes
 
 
@@ -240,7 +245,7 @@ def compile_to(
     usual = "float32" if target.partition(":")[0] == "cpu" else "bfloat16"
     name = str(parse_dtype(dtype or usual)).removeprefix("torch.")
     static: dict[str, Scalar] = fit_settings(program, parse_settings(settings))
-    specialised = Attention(program, backend=None, **static).program
+    specialised = Attention(program, backend=None, layout=None, **static).program
     text = generate(specialised, target, head_dim, value_dim or head_dim, name, held)
     if out == "-":
         if binary:

@@ -131,9 +131,9 @@ def _worst(got: Tensor, want: Tensor) -> float:
 # --- run
 
 
-def print_run(job: Job, backend: str | None, check: bool) -> bool:
+def print_run(job: Job, backend: str | None, check: bool, layout: str | None = None) -> bool:
     """Run a job, print a table, and return whether the check (if any) passed."""
-    attention = attnlang.compile(job.program, backend=backend)
+    attention = attnlang.compile(job.program, backend=backend, layout=layout)
     with progress(f"compiling and running {job.program.name}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         begin = time.perf_counter()
@@ -148,6 +148,10 @@ def print_run(job: Job, backend: str | None, check: bool) -> bool:
         "shape", ", ".join(f"{n} = {v}" for n, v in sizes.items()) + f", D = {job.q.shape[3]}, Dv = {job.v.shape[3]}"
     )
     table.add_row("tensors", f"{str(job.q.dtype).removeprefix('torch.')} on {job.q.device}")
+    if layout is not None:
+        n = job.sizes
+        chosen = attention.layout_of(n["Lq"], n["Lk"], B=n["B"], H=n["H"], Hkv=n["Hkv"], **job.values)
+        table.add_row("order of tokens", chosen.name if chosen else "as they come")
     table.add_row("tiles", tiles_of(attention, job))
     table.add_row("first call", f"{first * 1e3:.1f} ms, compilation included")
     table.add_row("a call", f"{timing['run'].median:.2f} ms (median of {timing['run'].calls})")

@@ -143,6 +143,29 @@ def memory(rows: Rows) -> list[str]:
     return table(["tokens", "seconds", "peak of the process, MB", "q, k, v and o alone, MB"], cells)
 
 
+def layouts(rows: Rows) -> list[str]:
+    """Tile efficiency and time with and without another order of tokens."""
+    forward = [
+        [
+            r["case"],
+            r["layout"],
+            *(f"{r[f'efficiency_{when}']:.2f}" for when in ("before", "after")),
+            f"{r['ms_before']:.1f}",
+            f"{r['ms_after']:.1f} ({r['ratio']:.1f}x)",
+        ]
+        for r in rows
+        if r["table"] == "forward"
+    ]
+    headings = ["mask", "order", "efficiency as it comes", "in this order", "ms as it comes", "in this order"]
+    large = [
+        [r["case"], r["layout"], f"{r['gain']:.1f}x", f"{r['runs']:,}", f"{r['analysis_ms']:.0f}"]
+        for r in rows
+        if r["table"] == "million"
+    ]
+    more = table(["mask, 1,048,576 tokens", "order", "fewer pairs", "runs", "analysis, ms"], large)
+    return [*table(headings, forward), *(["", *more] if large else [])]
+
+
 def resources(rows: Rows) -> list[str]:
     """What the GPU kernels of the library need, at most, for each target and head dimension.
 
@@ -166,6 +189,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "gpu": ("Forward on a GPU: milliseconds a call", comparison),
     "first_call": ("The first call of a new process", plain),
     "sparsity": ("Finding the block structure of a mask", sparsity),
+    "layouts": ('Masks over grids with layout="auto": forward on the CPU, H = 8, D = 64', layouts),
     "sparsity_precision": (
         "Share of the truly empty and full tiles that is proved, all library programs at 2048",
         precision,

@@ -167,7 +167,7 @@ def options(about: str | None, targets: Iterable[str], dims: Iterable[int], resu
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=list(targets), type=_words)
     parser.add_argument("--dims", default=list(dims), type=lambda text: [int(word) for word in _words(text)])
-    parser.add_argument("--programs", default=library.names(), type=_words)
+    parser.add_argument("--programs", default=library.names(standard=True), type=_words)
     parser.add_argument("--python", default=sys.executable, help="interpreter whose Triton compiles")
     parser.add_argument("--output", type=Path, default=results)
     return parser.parse_args()

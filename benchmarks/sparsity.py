@@ -166,7 +166,7 @@ def show(row: Row) -> None:
 def library(length: int) -> list[Row]:
     """Every library program with made-up values; one whose own table would be quadratic is measured at 8192 tokens."""
     rows = []
-    for name in al.library.names():
+    for name in al.library.names(standard=True):
         program = getattr(al.library, name)
         axes = [sum(dim in (Size("Lq"), Size("Lk")) for dim in t.shape) for t in program.tensors]
         n = 8192 if any(count > 1 for count in axes) else length
@@ -231,7 +231,7 @@ def precision(length: int = 2048) -> list[dict[str, Any]]:
     No proof is ever wrong (tests/sparsity), so equal numbers mean that every such tile was found.
     """
     rows = []
-    for name in al.library.names():
+    for name in al.library.names(standard=True):
         try:
             given = problem(getattr(al.library, name), length, VALUES.get(name, {}))
         except al.UsageError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["AMX", "COMMON_FLAGS", "ISAS", "Isa", "best_isa", "few_rows"]
+__all__ = ["AMX", "COMMON_FLAGS", "ISAS", "Isa", "best_isa", "few_rows", "with_key_tile"]
 
 COMMON_FLAGS = ("-O3", "-shared", "-fPIC", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wno-psabi")
 """Flags of every kernel. Value-changing ones (-ffast-math) are never among them: kernels rely on NaN and infinity."""
@@ -104,6 +104,13 @@ def few_rows(isa: Isa, rows: int = 1) -> Isa:
         return replace(isa, name=name, blocks=vectors // isa.vectors)
     keys = min(isa.keys * isa.vectors // vectors, 2 * isa.keys)
     return replace(isa, name=name, vectors=vectors, blocks=1, keys=keys, chunk=min(isa.chunk, 48))
+
+
+def with_key_tile(isa: Isa, keys: int) -> Isa:
+    """The variant of ``isa`` whose key tile is ``keys``; 0, and a matrix unit, leave the usual one."""
+    if keys in (0, isa.tile) or isa.matrix:
+        return isa
+    return replace(isa, name=f"{isa.name}-tile{keys}", tile=keys)
 
 
 def best_isa(features: frozenset[str]) -> Isa:

@@ -20,8 +20,9 @@ from typing import Any
 from attnlang.ir import AttnlangError
 
 from .plan import KernelPlan
-from .triton import KERNEL_NAME, arguments, emit
+from .triton import KERNEL_NAME
 from .triton_common import Config, padded
+from .triton_stream import emit_forward, forward_arguments
 from .triton_tiles import candidates, settle, shared_limit
 
 __all__ = ["Compiler", "CompilerFailed", "Job", "Resources", "compile_plan", "first_that_fits", "signature"]
@@ -75,7 +76,8 @@ def signature(plan: KernelPlan, config: Config) -> dict[str, Any]:
     """
     types: dict[str, str] = {}
     dtypes = {f"{name}_ptr": plan.dtype for name in ("q", "k", "v", "o")}
-    names = arguments(plan, config)
+    names = forward_arguments(plan, config)
+    outs = {f"{o.name}_out_": o.integer for o in plan.stream.outputs} if plan.stream is not None else {}
     blocks = _blocks(plan, config)
     dtypes |= {names.pointers[t.name]: t.dtype for t in plan.tensors}
     last = {f"{x}_stride_d" for x in "qkvo"} | set(names.last_strides)
@@ -87,8 +89,8 @@ def signature(plan: KernelPlan, config: Config) -> dict[str, Any]:
             types[name] = f"tensordesc<{POINTERS[plan.dtype][1:]}[1,1,{blocks[name]}]>"
         elif name in dtypes:
             types[name] = POINTERS[dtypes[name]]
-        elif name == "lse_ptr":
-            types[name] = "*fp32"
+        elif name == "lse_ptr" or name in outs:
+            types[name] = "*i64" if outs.get(name) else "*fp32"
         elif name in ("full_ptr", "full_runs", "part_ptr", "part_runs"):
             types[name] = "*i32"
         elif name in last:
@@ -206,7 +208,7 @@ def first_that_fits(
 
 
 def _job(plan: KernelPlan, config: Config) -> Job:
-    return Job(plan.program.name, emit(plan, config), KERNEL_NAME, config, signature(plan, config))
+    return Job(plan.program.name, emit_forward(plan, config), KERNEL_NAME, config, signature(plan, config))
 
 
 def compile_plan(

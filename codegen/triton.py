@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attnlang.ir import FLOAT, Expr
+from attnlang.ir import FLOAT, Expr, Input, postorder
 from attnlang.passes.levels import Level
 
 from .plan import KernelPlan, Section
@@ -119,7 +119,7 @@ def _mask_lines(text: str) -> list[str]:
     return [f"visible = inside[None, :] & {terms[0]}", *(f"visible = visible & {t}" for t in terms[1:])]
 
 
-def _section(printer: TritonPrinter, source: Section, roots: tuple[Expr | None, ...]) -> dict[str, Any]:
+def section_text(printer: TritonPrinter, source: Section, roots: tuple[Expr | None, ...]) -> dict[str, Any]:
     """What a template needs to print one key loop that computes ``roots``."""
     printer.used.clear()
     col, pair = lines(printer, source.col), lines(printer, source.pair)
@@ -129,10 +129,20 @@ def _section(printer: TritonPrinter, source: Section, roots: tuple[Expr | None, 
     return {"col": col, "pair": pair, "reads_k": "k_idx" in printer.used, "distance": "k_distance" in printer.used}
 
 
+def score_text(printer: TritonPrinter, plan: KernelPlan) -> dict[str, Any]:
+    """The score and the mask as a template prints them."""
+    return {
+        "masked": plan.mask is not None,
+        "product": plan.score is None or any(isinstance(n, Input) for n in postorder(plan.score)),
+        "score": None if plan.score is None else _spread_root(printer, plan, plan.score),
+        "mask_lines": [] if plan.mask is None else _mask_lines(mask_text(printer, plan.mask)),
+    }
+
+
 def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, Any]:
     printer = TritonPrinter(plan, interpreted=interpreted)
-    full = _section(printer, plan.full, (plan.score,))
-    partial = _section(printer, plan.partial, (plan.score, plan.mask))
+    full = section_text(printer, plan.full, (plan.score,))
+    partial = section_text(printer, plan.partial, (plan.score, plan.mask))
     strides = "with any strides" if not config.descriptors else "with a last stride of 1 and 16-byte aligned rows"
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
         "layout": strides,
@@ -140,9 +150,7 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
         "kernel_name": KERNEL_NAME,
         "title": comment(f"Attention forward for the program {plan.program.name}"),
         "grid_doc": "one instance for each (b, h) and tile of BLOCK_M queries.",
-        "masked": plan.mask is not None,
-        "score": None if plan.score is None else _spread_root(printer, plan, plan.score),
-        "mask_lines": [] if plan.mask is None else _mask_lines(mask_text(printer, plan.mask)),
+        **score_text(printer, plan),
         "distance": full["distance"] or partial["distance"],
         "row_values": lines(printer, plan.row),
         "plan_full": full,

@@ -23,7 +23,7 @@ class Call:
     Shapes: q [B, H, Lq, D], k [Bkv, Hkv, Lk, D], v [Bkv, Hkv, Lk, Dv], any strides, one dtype and device. ``sizes``
     binds every size the program reads, ``params`` every scalar parameter, ``tensors`` every captured tensor (on the
     device of q). ``runs(tile)`` returns the run map at a (query, key) tile; it is computed once per tile and cached by
-    the caller.
+    the caller. ``key_tile`` is the number of keys in a tile that suits the mask on a CPU, 0 where the usual one does.
     """
 
     program: Program
@@ -35,6 +35,7 @@ class Call:
     tensors: Mapping[str, torch.Tensor]
     scale: float
     runs: Callable[[tuple[int, int]], RunMap]
+    key_tile: int = 0
 
     @property
     def storage(self) -> dict[str, str]:

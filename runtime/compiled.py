@@ -7,6 +7,7 @@ come from the blockwise executor, which recomputes one block of pairs at a time.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,9 +20,21 @@ from .call import Call
 from .errors import Unavailable
 from .regions import Work
 
-__all__ = ["kernel_of"]
+__all__ = ["has_kernel", "kernel_of"]
 
 Tensor = torch.Tensor
+
+
+_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
+
+
+@functools.cache
+def _outputs(backend: str) -> Callable[[Call], dict[str, Tensor]]:
+    try:
+        found: Callable[[Call], dict[str, Tensor]] = importlib.import_module(f"attnlang.runtime.{backend}").outputs
+    except ImportError as error:  # Triton is an optional dependency
+        raise Unavailable(f"{error.name or backend} is not installed") from error
+    return found
 
 
 @functools.lru_cache(maxsize=256)
@@ -43,21 +56,32 @@ def _rows(stage: Attend) -> Operand | None:
     return found
 
 
-def kernel_of(call: Call, alone: Program, work: Work, strict: bool) -> Callable[[Work], dict[str, Tensor] | None]:
-    """Return what computes every output of ``work`` by a kernel, or None where it cannot (``strict``: raises).
+def has_kernel(stage: Attend) -> bool:
+    """Whether :func:`kernel_of` has a kernel for such a stage."""
+    try:
+        _rows(stage)
+    except Unavailable:
+        return False
+    return True
 
-    ``alone`` is the stage as a program of its own. The function may be given the same work on other tensors.
+
+def kernel_of(
+    call: Call, alone: Program, work: Work, backend: str | None
+) -> Callable[[Work], dict[str, Tensor] | None]:
+    """Return what computes every output of ``work`` by a kernel, or None where it cannot (raises where it was named).
+
+    ``alone`` is the stage as a program of its own; ``backend`` names one, None stands for that of the device. The
+    function may be given the same work on other tensors.
 
     Raises:
         Unavailable: there is no kernel for such a stage, or not for the device and dtype of ``call``.
     """
-    from . import cpp
-
     stage = work.stage
     found = _rows(stage)
     (term,) = stage.terms
-    if call.q.device.type != "cpu":
-        raise Unavailable(f"the C++ backend runs on CPU tensors, q is on {call.q.device}")
+    chosen = backend or _OF_DEVICE.get(call.q.device.type)
+    if chosen is None:
+        raise Unavailable(f"no compiled backend runs on {call.q.device}")
     if call.q.dtype is torch.float64:
         raise Unavailable("kernels compute in float32")
 
@@ -67,9 +91,9 @@ def kernel_of(call: Call, alone: Program, work: Work, strict: bool) -> Callable[
         sizes = {**work.env.sizes, "Hkv": k.shape[1]}
         try:
             _check(q, k, v, sizes)
-            return cpp.outputs(replace(call, program=alone, q=q, k=k, v=v, sizes=sizes, tensors=work.env.tensors))
+            return _outputs(chosen)(replace(call, program=alone, q=q, k=k, v=v, sizes=sizes, tensors=work.env.tensors))
         except Unavailable:
-            if strict:
+            if backend is not None:
                 raise
             return None
 

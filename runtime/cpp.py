@@ -11,7 +11,7 @@ import torch
 from attnlang.codegen.cpp import ENTRY, SPACE, emit
 from attnlang.codegen.cpp_arguments import arguments
 from attnlang.codegen.cpp_steps import plain
-from attnlang.codegen.isa import AMX, ISAS, Isa, best_isa, few_rows
+from attnlang.codegen.isa import AMX, ISAS, Isa, best_isa, few_rows, with_key_tile
 from attnlang.codegen.plan import KernelPlan
 from attnlang.passes.streaming import Accumulator, Made
 
@@ -43,13 +43,17 @@ class Kernel:
         stream = self.plan.stream
         assert stream is not None
         made = {out.name: _start(out, self.plan, call) for out in stream.outputs}
-        if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
-            return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
         tensors = {"q": call.q, "k": call.k, "v": call.v, **made}
         if self._space is not None:
             tensors["space"] = torch.empty(self._space(*call.k.shape[:3]), dtype=torch.uint8)
         self._loaded.run(call, tensors, schedule, min(threads, schedule.threads(call)))
         return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
+
+    def nothing(self, call: Call) -> dict[str, Tensor]:
+        """Every output of a call without queries."""
+        stream = self.plan.stream
+        assert stream is not None
+        return {out.name: _finish(out, self.plan, _start(out, self.plan, call)) for out in stream.outputs}
 
 
 def _column(out: Made, plan: KernelPlan) -> Accumulator | None:
@@ -84,19 +88,19 @@ on threads."""
 _kernels = KernelCache(lambda call, isa, wide, wanted: Kernel(plan_of(call, wide), isa))
 
 
-def select_isa(rows: int) -> Isa:
+def select_isa(rows: int, key_tile: int = 0) -> Isa:
     """Return the instruction set for a call of ``rows`` queries; ``ATTNLANG_ISA`` names one to use instead."""
-    return _isa(os.environ.get("ATTNLANG_ISA", ""), min(rows, MOST_ROWS))
+    return _isa(os.environ.get("ATTNLANG_ISA", ""), min(rows, MOST_ROWS), key_tile)
 
 
 @functools.lru_cache(maxsize=256)
-def _isa(chosen: str, rows: int) -> Isa:
+def _isa(chosen: str, rows: int, key_tile: int) -> Isa:
     if chosen and chosen not in ISAS:
         raise Unavailable(f"ATTNLANG_ISA={chosen!r} is not one of {', '.join(ISAS)}")
     isa = ISAS[chosen] if chosen else best_isa(processor_features())
     if not isa.needs <= processor_features():
         raise Unavailable(f"this processor lacks {', '.join(sorted(isa.needs - processor_features()))}")
-    return few_rows(isa, rows)
+    return with_key_tile(few_rows(isa, rows), key_tile)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -123,11 +127,13 @@ def outputs(call: Call) -> dict[str, Tensor]:
     """
     if call.q.device.type != "cpu":
         raise Unavailable(f"the C++ backend runs on CPU tensors, q is on {call.q.device}")
-    isa = select_isa(max(1, call.q.shape[2]))
+    isa = select_isa(max(1, call.q.shape[2]), call.key_tile)
     kernel = _kernels.get(call, isa)
     if call.q.dtype is torch.bfloat16 and _use_matrix(call.q.shape[2]) and plain(kernel.plan):
         isa = AMX
         kernel = _kernels.get(call, isa)
+    if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
+        return kernel.nothing(call)
     return kernel(call, schedule_of(call, isa), torch.get_num_threads())
 
 

@@ -55,7 +55,7 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
         raise Unavailable("the C++ backward pass takes the default key address only")
     if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
         raise Unavailable("nothing to run")
-    isa = select_isa(call.q.shape[2])
+    isa = select_isa(call.q.shape[2], call.key_tile)
     kernel = _kernels.get(call, isa, wanted)
     (batch, heads, lq, dim), (kv_batch, kv_heads, lk, _) = call.q.shape, call.k.shape
     blocks = -(-lq // isa.rows)

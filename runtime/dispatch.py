@@ -17,7 +17,7 @@ from .bind import suggest
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["BACKENDS", "attend", "backward_of", "check_backend", "run"]
+__all__ = ["BACKENDS", "attend", "backward_of", "check_backend", "is_batched", "run"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -81,7 +81,7 @@ def _choose(call: Call) -> str:
     return _OF_DEVICE.get(call.q.device.type, "eager")
 
 
-def _batched(call: Call) -> bool:
+def is_batched(call: Call) -> bool:
     """Whether an operand is a batch in the sense of vmap, which has no memory a kernel could read."""
     return any(map(_is_batch, (call.q, call.k, call.v)))
 
@@ -117,7 +117,7 @@ def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         Unavailable: ``backend`` was named and cannot run this call.
     """
-    if _batched(call):
+    if is_batched(call):
         if backend not in (None, "eager"):
             raise Unavailable(f"{backend} kernels cannot run under vmap")
         return eager.forward(call)  # differentiable by itself

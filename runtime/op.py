@@ -16,7 +16,7 @@ import torch
 
 from attnlang.ir import BOOL, FLOAT, Program, Scalar
 
-from . import autograd, dispatch
+from . import layouts
 from .bind import Binder
 from .call import Call
 from .runs import run_maps
@@ -28,11 +28,12 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """What a node of a captured graph refers to by its handle: a program, how to bind it, and a backend or None."""
+    """What a node of a captured graph refers to by its handle: a program, how to bind it, backend and layout."""
 
     program: Program
     binder: Binder
     backend: str | None
+    layout: layouts.Choice = None
     ints: tuple[str, ...] = field(init=False)
     floats: tuple[str, ...] = field(init=False)
 
@@ -92,7 +93,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     site = _sites[handle]
     with torch.no_grad():
-        o, lse = dispatch.attend(site.call((q, k, v), captured, ints, floats, scale), site.backend)
+        o, lse = layouts.attend(site.call((q, k, v), captured, ints, floats, scale), site.layout, site.backend)
     return o, lse
 
 
@@ -119,8 +120,8 @@ def _backward(
     site = _sites[handle]
     call = site.call((q, k, v), captured, ints, floats, scale)
     with torch.no_grad():
-        kernel = dispatch.backward_of(call, site.backend)
-        dq, dk, dv, *rest = autograd.gradients(call, kernel, (True, True, True, *needs), o, lse, do, dlse)
+        every = (True, True, True, *needs)
+        dq, dk, dv, *rest = layouts.gradients(call, site.layout, site.backend, every, o, lse, do, dlse)
     assert dq is not None and dk is not None and dv is not None
     missing = q.new_empty(0)
     return dq, _fold(dk, k), _fold(dv, v), [missing if x is None else x for x in rest]

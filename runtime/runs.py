@@ -15,7 +15,8 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -24,10 +25,13 @@ from attnlang.ir import Expr, Index, Load, Param, Program, Scalar, Size, postord
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
 
-__all__ = ["RunMaps", "run_maps"]
+__all__ = ["Memory", "RunMaps", "identify", "run_maps"]
 
 Tile: TypeAlias = tuple[int, int]
 Key: TypeAlias = tuple[Any, ...]
+Alive: TypeAlias = "tuple[weakref.ref[torch.Tensor], ...]"
+Identity: TypeAlias = "tuple[Key, Alive]"
+V = TypeVar("V")
 
 CAPACITY = 64
 HASHED_BYTES = 4 << 20
@@ -44,8 +48,8 @@ class _Reads:
     tensors: tuple[str, ...]
 
 
-def _reads(mask: Expr) -> _Reads:
-    nodes = list(postorder(mask))
+def _reads(*roots: Expr) -> _Reads:
+    nodes = list(postorder(*roots))
     return _Reads(
         frozenset(n.axis for n in nodes if isinstance(n, Index)),
         tuple(dict.fromkeys(n.name for n in nodes if isinstance(n, Size))),
@@ -81,14 +85,71 @@ def _warn_once(mask: Expr, name: str) -> None:
     )
 
 
-class RunMaps:
-    """A small, thread-safe cache of run maps; the least recently used one is dropped first."""
+class Memory(Generic[V]):
+    """A small, thread-safe memory of what was made from tensors; the least recently used is forgotten first."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._maps: OrderedDict[Key, tuple[RunMap, tuple[weakref.ref[torch.Tensor], ...]]] = OrderedDict()
-        self._known_reads: weakref.WeakKeyDictionary[Expr, _Reads] = weakref.WeakKeyDictionary()
+        self._made: OrderedDict[Key, tuple[V, Alive]] = OrderedDict()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._made.clear()
+
+    def get(self, base: Identity | None, more: Key, make: Callable[[], V]) -> V:
+        """Return what ``make`` made for this identity and ``more``, made now where there is none or no identity."""
+        if base is None:
+            return make()
+        key = (*base[0], *more)
+        with self._lock:
+            if (hit := self._made.get(key)) is not None:
+                if all(r() is not None for r in hit[1]):
+                    self._made.move_to_end(key)
+                    return hit[0]
+                del self._made[key]  # another tensor now has the identity of a dead one
+        made = make()
+        with self._lock:
+            self._made[key] = made, base[1]
+            while len(self._made) > self._capacity:
+                self._made.popitem(last=False)
+        return made
+
+
+@lru_cache(maxsize=1024)
+def _known_reads(roots: tuple[Expr, ...]) -> _Reads:
+    return _reads(*roots)
+
+
+def identify(
+    roots: tuple[Expr, ...],
+    sizes: Mapping[str, int],
+    params: Mapping[str, Scalar],
+    tensors: Mapping[str, torch.Tensor],
+) -> Identity | None:
+    """Return a key for everything the values of ``roots`` depend on, and the tensors that must stay alive for it.
+
+    None where a tensor cannot be identified.
+    """
+    reads = _known_reads(roots)
+    prints, alive = [], []
+    for name in reads.tensors:
+        found = _fingerprint(tensors[name])
+        if found is None:
+            return None
+        prints.append(found[0])
+        if found[1] is not None:
+            alive.append(found[1])
+    lengths = [sizes["Lq"], sizes["Lk"], *(sizes[n] for n in reads.sizes)]
+    lengths += [sizes[size] for axis, size in (("b", "B"), ("h", "H")) if axis in reads.axes]
+    return (roots, tuple(lengths), tuple(params[n] for n in reads.params), tuple(prints)), tuple(alive)
+
+
+class RunMaps:
+    """A small, thread-safe cache of run maps; the least recently used one is dropped first."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._memory: Memory[RunMap] = Memory(capacity)
 
     def provider(
         self,
@@ -98,12 +159,12 @@ class RunMaps:
         tensors: Mapping[str, torch.Tensor],
     ) -> Callable[[Tile], RunMap]:
         """Return the function of a call that maps a (query, key) tile to its run map."""
-        base: list[tuple[Key, tuple[weakref.ref[torch.Tensor], ...]] | None] = []
+        base: list[Identity | None] = []
 
         def runs(tile: Tile) -> RunMap:
             if not base:
-                base.append(self._key(program.mask, sizes, params, tensors))
-            found = self._get(base[0], tile, lambda: _analyse(program, sizes, params, tensors, tile))
+                base.append(identify((program.mask,), sizes, params, tensors))
+            found = self._memory.get(base[0], (tile,), lambda: _analyse(program, sizes, params, tensors, tile))
             if found.always_empty and found.rows and found.sizes[1]:
                 _warn_once(program.mask, program.name)
             return found
@@ -111,52 +172,7 @@ class RunMaps:
         return runs
 
     def clear(self) -> None:
-        with self._lock:
-            self._maps.clear()
-
-    def _key(
-        self,
-        mask: Expr,
-        sizes: Mapping[str, int],
-        params: Mapping[str, Scalar],
-        tensors: Mapping[str, torch.Tensor],
-    ) -> tuple[Key, tuple[weakref.ref[torch.Tensor], ...]] | None:
-        reads = self._known_reads.get(mask)
-        if reads is None:
-            reads = self._known_reads[mask] = _reads(mask)
-        prints, alive = [], []
-        for name in reads.tensors:
-            found = _fingerprint(tensors[name])
-            if found is None:
-                return None
-            prints.append(found[0])
-            if found[1] is not None:
-                alive.append(found[1])
-        lengths = [sizes["Lq"], sizes["Lk"], *(sizes[n] for n in reads.sizes)]
-        lengths += [sizes[size] for axis, size in (("b", "B"), ("h", "H")) if axis in reads.axes]
-        return (mask, tuple(lengths), tuple(params[n] for n in reads.params), tuple(prints)), tuple(alive)
-
-    def _get(
-        self,
-        base: tuple[Key, tuple[weakref.ref[torch.Tensor], ...]] | None,
-        tile: Tile,
-        make: Callable[[], RunMap],
-    ) -> RunMap:
-        if base is None:
-            return make()
-        key = (*base[0], tile)
-        with self._lock:
-            if (hit := self._maps.get(key)) is not None:
-                if all(r() is not None for r in hit[1]):
-                    self._maps.move_to_end(key)
-                    return hit[0]
-                del self._maps[key]  # another tensor now has the identity of a dead one
-        made = make()
-        with self._lock:
-            self._maps[key] = made, base[1]
-            while len(self._maps) > self._capacity:
-                self._maps.popitem(last=False)
-        return made
+        self._memory.clear()
 
 
 def _analyse(

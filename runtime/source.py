@@ -93,7 +93,7 @@ def source(
         from attnlang.codegen.cpp import emit as emit_cpp
 
         return emit_cpp(plan, isa_for(target))
-    from attnlang.codegen.triton import emit as emit_triton
+    from attnlang.codegen.triton_stream import emit_forward as emit_triton
     from attnlang.codegen.triton_tiles import candidates
 
     return emit_triton(plan, candidates(plan, target)[0])

@@ -39,9 +39,10 @@ from attnlang.passes.simplify import map_program
 
 from . import regions
 from .call import Call
-from .compiled import kernel_of
+from .compiled import has_kernel, kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
+from .lowering import apart, with_products
 from .runs import run_maps
 
 __all__ = ["run", "softmax_roles"]
@@ -140,6 +141,20 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
     env = Environment({}, call.sizes, call.params, call.tensors, {}, dtype, call.q.device, operands)
 
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
+        if backend == "eager":
+            return one(stage, here)
+        lowered, products = with_products(stage, here)
+        parts = apart(lowered)
+        on_cpu = call.q.device.type == "cpu" and call.q.dtype is not torch.float64
+        if not all(softmax_roles(part) is not None or (on_cpu and has_kernel(part)) for part in parts):
+            return one(stage, here)
+        here = replace(here, tensors={**here.tensors, **products})
+        made: dict[str, Tensor] = {}
+        for part in parts:
+            made |= one(part, here)
+        return made
+
+    def one(stage: Attend, here: Environment) -> dict[str, Tensor]:
         roles = softmax_roles(stage)
         if roles is not None:
             return _plain(call, stage, here, roles, attention)
@@ -183,13 +198,11 @@ def _general(call: Call, stage: Attend, here: Environment, backend: str | None) 
     runs = run_maps.provider(seen, sizes, call.params, here.tensors)
     env = replace(here, sizes=sizes)
     work = regions.Work(inner, env, call.scale, runs, exact=len(set(masks)) == 1)
-    if backend not in (None, "cpp", "eager"):
-        raise Unavailable(f"it has no kernel for the hooks of {call.program.name} yet; backend='eager' runs them")
     if backend != "eager":
         try:
-            kernel = kernel_of(replace(call, runs=runs), alone, work, strict=backend == "cpp")
+            kernel = kernel_of(replace(call, runs=runs), alone, work, backend)
             work = replace(work, kernel=kernel)
         except Unavailable as error:
-            if backend == "cpp":
+            if backend is not None:
                 raise Unavailable(f"{error.reason}; backend='eager' runs {call.program.name}") from error
     return regions.attend(work)

@@ -8,16 +8,20 @@ import torch
 
 from attnlang.codegen.triton import emit
 from attnlang.codegen.triton_common import Config
+from attnlang.codegen.triton_stream import emit_stream
 from attnlang.codegen.triton_tiles import INTERPRETED, candidates
+from attnlang.passes.streaming import Unstreamable
 
 from .call import Call
+from .errors import Unavailable
 from .triton_common import Kernel, Kernels, captured_arguments, check, device_table, plan_key, plan_of
 
-__all__ = ["forward"]
+__all__ = ["forward", "outputs"]
 
 Tensor = torch.Tensor
 
 _kernels: Kernels[Kernel] = Kernels()
+_streams: Kernels[Kernel] = Kernels()
 
 
 def _kernel(call: Call, target: str, descriptors: bool) -> Kernel:
@@ -82,3 +86,49 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
     kernel.run(arguments)
     return o, lse
+
+
+def _stream(call: Call, target: str) -> Kernel:
+    def make() -> Kernel:
+        try:
+            plan = plan_of(call)
+        except Unstreamable as error:
+            raise Unavailable(str(error)) from error
+        return Kernel(call.program, plan, target, candidates(plan, target), emit_stream)
+
+    return _streams.get(plan_key(call, target), make)
+
+
+def outputs(call: Call) -> dict[str, Tensor]:
+    """Compute every output of the program's Attend stage by name.
+
+    Weighted rows are [B, H, Lq, Dv] in the dtype of q; numbers of a row [B, H, Lq] float32 (int64 for an argmax).
+
+    Raises:
+        Unavailable: as :func:`forward`, or an output is not one value or row for each query.
+    """
+    target = check(call)
+    kernel = _stream(call, target)
+    stream = kernel.plan.stream
+    assert stream is not None
+    if (column := next((out for out in stream.outputs if out.column is not None), None)) is not None:
+        raise Unavailable(f"output {column.name} sums over the queries, which Triton kernels do not do yet")
+    shape, lk = call.q.shape[:3], call.k.shape[2]
+    if shape.numel() == 0 or lk == 0:
+        raise Unavailable("there is nothing to launch a kernel for")
+    made = {
+        out.name: _output(call.q, call.v.shape[3])
+        if out.rows is not None
+        else torch.empty(shape, dtype=torch.int64 if out.integer else torch.float32, device=call.q.device)
+        for out in stream.outputs
+    }
+    rows = [made[out.name] for out in stream.outputs if out.rows is not None]
+    numbers = [made[out.name] for out in stream.outputs if out.rows is None]
+    captured = captured_arguments(call, kernel.plan)
+
+    def arguments(config: Config) -> tuple[Any, ...]:
+        table = device_table(call.runs(config.tile), call.q.device)
+        return (call.q, call.k, call.v, *rows, *numbers, call.scale, *captured, *table)
+
+    kernel.run(arguments)
+    return made

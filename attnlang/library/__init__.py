@@ -31,9 +31,13 @@ def _index() -> dict[str, Path]:
     return {name: file for file in files for name in _HEADER.findall(file.read_text(encoding="utf-8"))}
 
 
-def names() -> tuple[str, ...]:
-    """Return the names of all programs, sorted."""
-    return tuple(sorted(_index()))
+def names(*, standard: bool = False) -> tuple[str, ...]:
+    """Return the names of all programs, sorted.
+
+    With ``standard`` only those that are softmax attention with a mask and a score, which reads every file.
+    """
+    found = sorted(_index())
+    return tuple(n for n in found if not standard or __getattr__(n).standard)
 
 
 def path(name: str) -> Path:

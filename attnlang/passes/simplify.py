@@ -14,7 +14,7 @@ import torch
 from attnlang.ir import BOOL, FLOAT, INT, OPS, Const, Expr, Op, Program, map_record, rewrite
 from attnlang.ir.build import FALSE, TRUE
 
-__all__ = ["map_program", "simplify"]
+__all__ = ["map_program", "map_record", "simplify"]
 
 _TORCH = {BOOL: torch.bool, INT: torch.int64, FLOAT: torch.float64}
 _INT64 = 2**63

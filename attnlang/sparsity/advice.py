@@ -11,12 +11,13 @@ from attnlang.ir import INT, Program, UsageError
 
 from .analyse import analyse
 from .classify import numbers
-from .layout import propose_layouts
+from .layout import Layout
+from .propose import propose_layouts
 from .runmap import RunMap
 
 __all__ = ["advise"]
 
-GRID_TILES = 1 << 20  # tiles up to which other orders of tokens are tried
+GRID_TILES = 1 << 20  # tiles up to which the whole map of another order is made
 NEAR = 4  # a parameter may move by a quarter of its value
 SMALL = 64  # no smaller side is proposed: smaller tiles cost more than they save
 Tensors = Mapping[str, torch.Tensor] | None
@@ -44,7 +45,12 @@ def _candidates(value: int, side: int) -> Iterator[int]:
 
 
 def _round_parameters(
-    program: Program, runs: RunMap, sizes: Mapping[str, int], params: Mapping[str, Any], tensors: Tensors
+    program: Program,
+    runs: RunMap,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Any],
+    tensors: Tensors,
+    layout: Layout | None,
 ) -> Iterator[str]:
     """Int parameters that a multiple of the tile nearby would suit better: the share of full tiles jumps."""
     known = numbers(params, program)
@@ -55,7 +61,8 @@ def _round_parameters(
             continue
         best, share = value, now
         for candidate in _candidates(value, runs.tile[1]):
-            then = _share_full(analyse(program, sizes, {**known, scalar.name: candidate}, tensors, runs.tile))
+            moved = {**known, scalar.name: candidate}
+            then = _share_full(analyse(program, sizes, moved, tensors, runs.tile, layout=layout))
             if then > share + (0.02 if best == value else 0.1):
                 best, share = candidate, then
         if best != value:
@@ -66,7 +73,13 @@ def _round_parameters(
 
 
 def _shrink_tiles(
-    program: Program, runs: RunMap, sizes: Mapping[str, int], params: Mapping[str, Any], tensors: Tensors, now: float
+    program: Program,
+    runs: RunMap,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Any],
+    tensors: Tensors,
+    now: float,
+    layout: Layout | None,
 ) -> Iterator[str]:
     """A smaller tile, where it saves a quarter of the pairs or more."""
     if now > 0.75 or runs.always_empty:
@@ -75,7 +88,7 @@ def _shrink_tiles(
     found = []
     for tile in tiles - {runs.tile}:
         if tile[0] <= runs.tile[0] and tile[1] <= runs.tile[1]:
-            smaller = analyse(program, sizes, params, tensors, tile)
+            smaller = analyse(program, sizes, params, tensors, tile, layout=layout)
             found.append((computed_pairs(smaller), -tile[0] * tile[1], tile))
     for pairs, _, (bm, bn) in sorted(found)[:1]:
         gain = computed_pairs(runs) / max(1, pairs)
@@ -87,15 +100,20 @@ def _order_tokens(
     program: Program, runs: RunMap, sizes: Mapping[str, int], params: Mapping[str, Any], tensors: Tensors, now: float
 ) -> Iterator[str]:
     """The best order of tokens for a mask over a grid, where it saves a fifth of the tiles or more."""
-    if not program.grids or now > 0.8 or runs.nq * runs.nk > GRID_TILES or runs.always_empty:
+    if not program.grids or now > 0.8 or runs.always_empty:
         return
     try:
         best = propose_layouts(program, sizes, params, tensors, runs.tile, limit=1)
     except UsageError:  # the lengths are not those of the grid
         return
     for p in best:
-        if p.gain > 1.2:
-            yield f"tokens in {p.layout.name} raise tile efficiency from {now:.2f} to {min(1.0, now * p.gain):.2f}"
+        gain = p.gain  # of a sample of query tiles
+        if runs.nq * runs.nk <= GRID_TILES:
+            moved = analyse(program, sizes, params, tensors, runs.tile, layout=p.layout)
+            slots = runs.batch * runs.heads / (moved.batch * moved.heads)
+            gain = computed_pairs(runs) / max(1.0, computed_pairs(moved) * slots)
+        if gain > 1.2:
+            yield f"tokens in {p.layout.name} raise tile efficiency from {now:.2f} to {min(1.0, now * gain):.2f}"
 
 
 def _contradiction(runs: RunMap) -> Iterator[str]:
@@ -110,12 +128,13 @@ def advise(
     params: Mapping[str, Any],
     tensors: Tensors,
     efficiency: float,
+    layout: Layout | None = None,
 ) -> tuple[str, ...]:
     """Return sentences about a program with the run map ``runs``, the most useful first."""
     common = (program, runs, sizes, params, tensors)
     return (
         *_contradiction(runs),
-        *_order_tokens(*common, efficiency),
-        *_round_parameters(*common),
-        *_shrink_tiles(*common, efficiency),
+        *(_order_tokens(*common, efficiency) if layout is None else ()),
+        *_round_parameters(*common, layout),
+        *_shrink_tiles(*common, efficiency, layout),
     )

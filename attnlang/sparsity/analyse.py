@@ -11,6 +11,7 @@ from attnlang.ir import Program, UsageError
 
 from .classify import Classifier, prepare
 from .descend import descend
+from .layout import Layout, lay_out
 from .refine import refine
 from .runmap import RunMap
 
@@ -35,18 +36,23 @@ def analyse(
     tile: tuple[int, int] = (128, 128),
     *,
     precise: bool = True,
+    layout: Layout | None = None,
 ) -> RunMap:
     """Prove for every tile that it is empty, that it is full, or leave it partial.
 
     ``sizes`` needs Lq and Lk, B and H if the mask depends on them, and every symbolic size the mask reads. ``params``
     are numbers or 0-d tensors; defaults of the program apply. Time and memory follow the boundary of the mask and the
     elements of the captured tensors, never Lq * Lk. Without ``precise``, tiles that are undecided as a whole are not
-    cut any further; that saves milliseconds on small maps and may leave more tiles partial.
+    cut any further; that saves milliseconds on small maps and may leave more tiles partial. Under a ``layout`` the
+    tiles are those of its slots.
 
     Raises:
-        UsageError: something the mask reads has no value, or a size or tile is out of range.
+        UsageError: something the mask reads has no value, a size or tile is out of range, or the layout does not fit.
     """
     _check(sizes, tile)
+    if layout is not None:
+        laid = lay_out(program, layout, sizes, params, tensors)
+        program, sizes, tensors = laid.program, laid.sizes, laid.tensors
     classifier = Classifier(program.mask, sizes, *prepare(program, params or {}, tensors or {}), tile)
     batch = sizes.get("B", 1) if classifier.reads_axis("b") else 1
     heads = sizes.get("H", 1) if classifier.reads_axis("h") else 1

@@ -12,6 +12,7 @@ from attnlang.ir import Const, Expr, Op, Program, format_expr
 from attnlang.ir.build import all_of, any_of
 
 from .analyse import analyse
+from .layout import Layout
 from .runmap import RunMap
 
 __all__ = ["Clause", "clause_report"]
@@ -86,6 +87,7 @@ def clause_report(
     tensors: Mapping[str, torch.Tensor] | None = None,
     tile: tuple[int, int] = (128, 128),
     whole: RunMap | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Clause, ...]:
     """Return what each clause of the mask proves by itself, and the counts of the mask without it.
 
@@ -95,11 +97,11 @@ def clause_report(
     places = list(_places(program.mask, 0, lambda expr: expr))[:MOST]
     if not places:
         return ()
-    whole = analyse(program, sizes, params, tensors, tile) if whole is None else whole
+    whole = analyse(program, sizes, params, tensors, tile, layout=layout) if whole is None else whole
     slots = whole.batch * whole.heads
 
     def counts(mask: Expr) -> Counts:
-        runs = analyse(program.with_hooks(mask=mask), sizes, params, tensors, tile)
+        runs = analyse(program.with_hooks(mask=mask), sizes, params, tensors, tile, layout=layout)
         copies = max(1, slots // max(1, runs.batch * runs.heads))
         empty, partial, full = (n * copies for n in runs.counts())
         return empty, partial, full

@@ -15,6 +15,7 @@ from .advice import advise, computed_pairs
 from .analyse import analyse
 from .clauses import Clause, clause_report
 from .closed_form import ClosedForm, closed_form
+from .layout import Layout, lay_out
 from .runmap import FULL, PARTIAL, RunMap
 from .settle import visible_pairs, visible_shares
 
@@ -67,6 +68,7 @@ class Report:
     measured: Efficiency
     form: ClosedForm | None
     advice: tuple[str, ...]
+    order: str = ""
 
     @property
     def efficiency(self) -> float:
@@ -118,6 +120,7 @@ class Report:
             "batch": self.batch,
             "heads": self.heads,
             "depends_on": ["positions", *self.reads],
+            "order": self.order or None,
             "tiles": kinds,
             "fractions": {name: count / total for name, count in kinds.items()},
             "efficiency": {
@@ -158,6 +161,7 @@ class Report:
         depends = ", ".join(("positions", *self.reads))
         return [
             f"{self.name}: {lq} queries x {lk} keys in tiles of {bm} x {bn} (depends on {depends})",
+            *([f"  tokens in {self.order}"] if self.order else []),
             *(f"  {name:<8}{count:>14,}  {100 * count / total:6.2f} %" for name, count in kinds.items()),
             f"  tile efficiency {self.measured}: visible / computed pairs",
         ]
@@ -257,16 +261,22 @@ def explain(
     params: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     tile: tuple[int, int] = (128, 128),
+    layout: Layout | None = None,
 ) -> Report:
     """Return a printable report: what is empty, partial and full, which clause decides it, and what would help.
 
-    ``sizes`` as for :func:`attnlang.sparsity.analyse`. No more than a fixed number of pairs is looked at.
+    ``sizes`` and ``layout`` as for :func:`attnlang.sparsity.analyse`. No more than a fixed number of pairs is looked
+    at.
 
     Raises:
         UsageError: as :func:`attnlang.sparsity.analyse`.
     """
-    runs = analyse(program, sizes, params, tensors, tile)
-    measured = _efficiency(program, runs, sizes, params, tensors)
+    runs = analyse(program, sizes, params, tensors, tile, layout=layout)
+    if layout is None:
+        measured = _efficiency(program, runs, sizes, params, tensors)
+    else:
+        laid = lay_out(program, layout, sizes, params, tensors)
+        measured = _efficiency(laid.program, runs, laid.sizes, params, laid.tensors)
     heads = sizes.get("H", 1)
     return Report(
         program.name,
@@ -275,8 +285,9 @@ def explain(
         heads,
         sizes.get("Hkv", heads),
         _reads(program),
-        clause_report(program, sizes, params, tensors, tile, runs),
+        clause_report(program, sizes, params, tensors, tile, runs, layout),
         measured,
-        closed_form(program),
-        advise(program, runs, sizes, params or {}, tensors, measured.share),
+        closed_form(program) if layout is None else None,
+        advise(program, runs, sizes, params or {}, tensors, measured.share, layout),
+        layout.name if layout else "",
     )

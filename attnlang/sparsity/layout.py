@@ -1,194 +1,229 @@
-"""Token orders that turn a mask over a grid into a block-sparse one.
+"""Layouts: programs whose slots hold the tokens in another order than the caller's.
 
 In row-major order a tile of 128 tokens of an image is a thin strip, and the neighbours of a strip are everywhere. In
-the order "patches of 8 x 16 pixels" the same 128 tokens are a patch, and its neighbours are a few patches. A
-:class:`Layout` gives the position of the token in each slot as closed arithmetic, so a program under a layout is again
-a program: its indices are replaced by positions, and q, k, v and the output are permuted around the call.
+the order "patches of 8 x 16" the same 128 tokens are a patch, and its neighbours are a few patches. The mask stays as
+it was written, about the tokens' own positions: a program under a layout reads what it knows of each slot's token from
+tables (:mod:`attnlang.passes.tabulate`), so one mechanism serves every order there is. q, k and v are permuted on the
+way in and o and lse on the way out; the run time does that inside the call.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from attnlang.ir import Environment, Expr, Index, Op, Program, Size, UsageError, evaluate, postorder, rewrite
-from attnlang.ir.build import const, op
+from attnlang.ir import BOOL, Environment, Program, UsageError, evaluate
+from attnlang.passes.tabulate import Table, Tabulated, tabulate
 
-from .analyse import analyse
 from .classify import numbers
-from .runmap import RunMap
+from .orders import Dim, Order, Patches, Tokens
 
-__all__ = ["Dim", "Layout", "Proposal", "propose_layouts"]
+__all__ = ["LaidOut", "Layout", "lay_out"]
 
-Grid = dict[str, tuple[int, ...]]
+Tensor = torch.Tensor
 
-
-@dataclass(frozen=True)
-class Dim:
-    """One coordinate of a grid: its extent, the side of a patch, and the number of residue classes kept apart.
-
-    ``tile`` divides ``extent // residues`` and ``residues`` divides ``extent``.
-    """
-
-    extent: int
-    tile: int
-    residues: int = 1
-
-    @property
-    def patches(self) -> int:
-        return self.extent // (self.residues * self.tile)
+_INTS = (torch.int16, torch.int32, torch.int64)
+_AXES = ("q", "k")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An order of tokens for each axis (``q``, ``k``): residue classes first, then patches, then tokens in a patch.
+    """Orders of the queries and of the keys, as many of the one as of the other.
 
-    Within each of the three, the last coordinate runs fastest.
+    ``heads`` says which order each head uses; empty: every head the first. ``key_tile`` is the number of keys in a tile
+    that suits the layout on a CPU, 0 where the usual one does.
     """
 
-    axes: tuple[tuple[str, tuple[Dim, ...]], ...]
+    q: tuple[Order, ...]
+    k: tuple[Order, ...]
+    heads: tuple[int, ...] = ()
+    key_tile: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.q) != len(self.k) or not self.q:
+            raise UsageError(
+                f"a layout needs as many orders of queries as of keys, got {len(self.q)} and {len(self.k)}"
+            )
+        if any(not 0 <= n < len(self.q) for n in self.heads):
+            raise UsageError(f"a layout of {len(self.q)} order(s) cannot give a head order {max(self.heads)}")
+        if len(self.q) > 1 and not self.heads:
+            raise UsageError("a layout of several orders says which one each head uses")
+        for orders in (self.q, self.k):
+            if len({o.count for o in orders}) > 1:
+                raise UsageError("all orders of an axis must have the same number of tokens")
+
+    @classmethod
+    def both(cls, *orders: Order, heads: tuple[int, ...] = (), key_tile: int = 0) -> Layout:
+        """The same orders for queries and keys."""
+        return cls(orders, orders, heads, key_tile)
+
+    @classmethod
+    def patches(cls, extents: tuple[int, ...], sides: tuple[int, ...], residues: int = 1, shift: int = 0) -> Layout:
+        """Patches of ``sides`` on a grid that queries and keys share."""
+        if len(sides) != len(extents):
+            raise UsageError(f"patches of {len(sides)} side(s) do not fit a grid of {len(extents)} coordinate(s)")
+        if min((*sides, residues)) < 1:
+            raise UsageError("the sides of a patch and the number of residue classes are at least 1")
+        return cls.both(Patches(tuple(Dim(n, s, residues, shift) for n, s in zip(extents, sides, strict=True))))
+
+    @classmethod
+    def given(cls, q: Tensor, k: Tensor | None = None) -> Layout:
+        """The order that tensors list: int [tokens], or [heads, tokens] for an order of each head's own.
+
+        Raises:
+            UsageError: a row is not a permutation.
+        """
+        k = q if k is None else k
+        if q.dim() != k.dim() or q.dim() not in (1, 2):
+            raise UsageError("orders of tokens are int tensors [tokens] or [heads, tokens]")
+        if q.dim() == 1:
+            return cls((Tokens(q),), (Tokens(k),))
+        rows = [tuple(Tokens(row) for row in t) for t in (q, k)]
+        return cls(rows[0], rows[1], tuple(range(len(q))))
+
+    @property
+    def per_head(self) -> bool:
+        """Whether heads differ in their order."""
+        return len(self.q) > 1
 
     @property
     def name(self) -> str:
-        dims = self.axes[0][1]
-        text = "patches of " + " x ".join(str(d.tile) for d in dims)
-        if any(d.residues > 1 for d in dims):
-            text += " in residue classes modulo " + " x ".join(str(d.residues) for d in dims)
-        return text
+        """What people are told it is."""
+        names = [a.name if a.name == b.name else f"{a.name} / {b.name}" for a, b in zip(self.q, self.k, strict=True)]
+        if not self.per_head:
+            return names[0]
+        used = [self.heads.count(n) for n in range(len(names))]
+        return ", ".join(f"{name} in {n} head{'s' * (n != 1)}" for name, n in zip(names, used, strict=True) if n)
 
-    def position(self, axis: str) -> Expr:
-        """Return the original index of the token in slot ``Index(axis)``."""
-        dims = dict(self.axes)[axis]
-        rest: Expr = Index(axis)
-        digits: list[list[Expr]] = []
-        for sides in ([d.tile for d in dims], [d.patches for d in dims], [d.residues for d in dims]):
-            found: list[Expr] = []
-            for side in reversed(sides):
-                found.append(const(0) if side == 1 else op("mod", rest, side))
-                rest = rest if side == 1 else op("floordiv", rest, side)
-            digits.append(found[::-1])
-        out: Expr = const(0)
-        for d, inner, patch, residue in zip(dims, *digits, strict=True):
-            along = op("add", op("mul", patch, d.tile), inner)
-            out = op("add", op("mul", out, d.extent), op("add", op("mul", along, d.residues), residue))
-        return out
+    def orders(self, axis: str) -> tuple[Order, ...]:
+        return self.q if axis == "q" else self.k
 
-    def permutation(self, axis: str) -> torch.Tensor:
-        """Return int64 [tokens]: the original index of the token in each slot."""
-        count = 1
-        for d in dict(self.axes)[axis]:
-            count *= d.extent
-        slots = torch.arange(count)
-        return evaluate(self.position(axis), Environment({axis: slots})).expand(count)
+    @cached_property
+    def _tokens(self) -> dict[str, Tensor]:
+        found = {"q": torch.stack([o.tokens() for o in self.q])}
+        found["k"] = found["q"] if self.k == self.q else torch.stack([o.tokens() for o in self.k])
+        return found
 
-    def apply(self, program: Program) -> Program:
-        """Return the program whose rows are slots: call it on q, k, v permuted, and un-permute its output."""
-        moved: dict[Expr, Expr] = {Index(axis): self.position(axis) for axis, _ in self.axes}
-        mask, score = rewrite((program.mask, program.score), lambda node: moved.get(node, node))
-        return program.with_hooks(mask=mask, score=score)
+    def tokens(self, axis: str) -> Tensor:
+        """Return int64 [orders, slots]: the token in each slot."""
+        return self._tokens[axis]
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Check that the layout is one of these lengths.
+
+        Raises:
+            UsageError: another number of tokens or of heads, or heads that share keys differ in their order.
+        """
+        for axis, length in (("q", sizes["Lq"]), ("k", sizes["Lk"])):
+            if (count := self.orders(axis)[0].count) != length:
+                raise UsageError(f"the layout orders {count} tokens of {axis}, but there are {length}")
+        if not self.heads:
+            return
+        heads, shared = sizes.get("H", 1), sizes.get("Hkv", sizes.get("H", 1))
+        if len(self.heads) != heads:
+            raise UsageError(f"the layout is for {len(self.heads)} heads, but there are {heads}")
+        group = heads // max(1, shared)
+        for first in range(0, heads, max(1, group)):
+            if len(set(self.heads[first : first + group])) > 1:
+                raise UsageError(f"heads {first} to {first + group - 1} share their keys, so they need one order")
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """A layout and its run map; ``gain`` is how many times fewer tiles it computes than the program as written."""
+class LaidOut:
+    """A program under a layout at known sizes, parameters and captured tensors.
+
+    ``program`` reads ``tables``, which ``tensors`` has beside the captured ones. Its slots are positions of q, k and v
+    after permutation. ``sizes`` has the sizes that the tables add.
+    """
 
     layout: Layout
-    runs: RunMap
-    gain: float
+    program: Program
+    sizes: dict[str, int]
+    captured: dict[str, Tensor]
+    tables: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.captured, **self.tables}
 
 
-def _computed(runs: RunMap) -> int:
-    return sum(runs.counts()[1:])
-
-
-def _grids(program: Program, sizes: Mapping[str, int], params: Mapping[str, Any]) -> Grid:
-    env = Environment(sizes=sizes, params=params)
-    return {axis: tuple(int(evaluate(extent, env)) for _, extent in dims) for axis, dims in program.grids}
-
-
-def _sides(extents: tuple[int, ...], area: int) -> Iterator[tuple[int, ...]]:
-    """Sides of patches of ``area`` tokens that divide the extents."""
-    if not extents:
-        if area == 1:
-            yield ()
-        return
-    for side in range(1, min(extents[0], area) + 1):
-        if area % side == 0 and extents[0] % side == 0:
-            for more in _sides(extents[1:], area // side):
-                yield (side, *more)
-
-
-def _residues(program: Program, grid: tuple[int, ...], params: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Numbers of residue classes worth trying: divisors that the mask takes remainders by."""
-    env = Environment(sizes={}, params=params)
-    found = set()
-    for node in postorder(program.mask):
-        if isinstance(node, Op) and node.op in ("mod", "floordiv"):
-            divisor = node.args[1]
-            if not any(isinstance(n, Index | Size) for n in postorder(divisor)):
-                found.add(int(evaluate(divisor, env)))
-    out = [(1,) * len(grid)]
-    for r in sorted(found):
-        if r > 1 and all(n % r == 0 and r < n for n in grid):
-            out.append((r,) * len(grid))
-            out.append(tuple(n // r for n in grid))
-    return list(dict.fromkeys(out))
-
-
-def _candidates(program: Program, grids: Grid, params: Mapping[str, Any], tile: tuple[int, int]) -> Iterator[Layout]:
-    first = next(iter(grids.values()))
-    for residues in _residues(program, first, params):
-        for sides in _sides(tuple(n // r for n, r in zip(first, residues, strict=True)), tile[0]):
-            axes = []
-            for axis, extents in grids.items():
-                fits = len(extents) == len(first) and all(
-                    n % (r * t) == 0 for n, r, t in zip(extents, residues, sides, strict=True)
-                )
-                if fits:
-                    axes.append((axis, tuple(Dim(n, t, r) for n, t, r in zip(extents, sides, residues, strict=True))))
-            if len(axes) == len(grids):
-                yield Layout(tuple(axes))
-
-
-def propose_layouts(
+def lay_out(
     program: Program,
+    layout: Layout,
     sizes: Mapping[str, int],
     params: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, torch.Tensor] | None = None,
-    tile: tuple[int, int] = (128, 128),
-    limit: int = 3,
-) -> tuple[Proposal, ...]:
-    """Return the best layouts for a program that declares grids, fewest computed tiles first.
+    tensors: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+) -> LaidOut:
+    """Return ``program`` with its slots in the order of ``layout``.
 
-    Every patch shape of ``tile[0]`` tokens that divides the grid is analysed, alone and within the residue classes that
-    the mask's remainders suggest. Layouts that do not save a tile are left out.
+    Tables live on ``device``, by default where the captured tensors do.
+
+    Time and memory are linear in the lengths.
 
     Raises:
-        UsageError: the program declares no grid, or its grid does not have as many tokens as the lengths say.
+        UsageError: the layout is not one of these sizes.
     """
-    known = numbers(params or {}, program)
-    grids = _grids(program, sizes, known)
-    if not grids:
-        raise UsageError(f"{program.name} declares no grid; layouts are proposed for programs with 'grid q, k = ...'")
-    for axis, extents in grids.items():
-        count, have = 1, sizes["Lq" if axis == "q" else "Lk"]
-        for n in extents:
-            count *= n
-        if count != have:
-            shape = " x ".join(map(str, extents))
-            raise UsageError(f"the grid of {axis} is {shape} = {count} tokens, but there are {have}")
-    before = _computed(analyse(program, sizes, known, tensors, tile))
-    found: list[tuple[int, int, str, Layout]] = []
-    for layout in itertools.islice(_candidates(program, grids, known, tile), 64):
-        runs = analyse(layout.apply(program), sizes, known, tensors, tile, precise=False)
-        found.append((_computed(runs), -runs.counts()[2], layout.name, layout))
-    out = []
-    for _, _, _, layout in sorted(found, key=lambda x: x[:3])[:limit]:
-        runs = analyse(layout.apply(program), sizes, known, tensors, tile)
-        if _computed(runs) < before:
-            out.append(Proposal(layout, runs, before / max(1, _computed(runs))))
-    return tuple(sorted(out, key=lambda p: -p.gain))
+    layout.check(sizes)
+    made = tabulate(program, layout.per_head)
+    captured = dict(tensors or {})
+    device = device or next((t.device for t in captured.values()), torch.device("cpu"))
+    tokens = {axis: layout.tokens(axis).to(device) for axis in _AXES}
+    tables = fill(made, tokens, layout.heads, sizes, numbers(params or {}, program), captured)
+    extra = {made.orders: len(layout.q)} if made.orders else {}
+    return LaidOut(layout, made.program, {**sizes, **extra}, captured, tables)
+
+
+def fill(
+    made: Tabulated,
+    tokens: Mapping[str, Tensor],
+    heads: tuple[int, ...],
+    sizes: Mapping[str, int],
+    params: Mapping[str, Any],
+    captured: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the tables of a tabulated program; ``tokens`` int64 [orders, slots] for each axis are its positions."""
+    device = tokens["q"].device
+    which = torch.tensor(heads or [0], device=device)
+    out = {t.name: _fill(t, tokens, which, sizes, params, captured) for t in made.tables}
+    if made.order_of_head:
+        out[made.order_of_head] = which.to(torch.int32)
+    return out
+
+
+def _fill(
+    table: Table,
+    tokens: Mapping[str, Tensor],
+    which: Tensor,
+    sizes: Mapping[str, int],
+    params: Mapping[str, Any],
+    captured: Mapping[str, Tensor],
+) -> Tensor:
+    at = table.axes[-1]
+    places = tokens[at]
+    if "o" not in table.axes:
+        places = places[which] if "h" in table.axes and len(which) > 1 else places[0]
+    device, rank = places.device, len(table.axes)
+    indices = {at: places}
+    shape = [places.shape[-1]]
+    for back, axis in enumerate(reversed(table.axes[:-1]), 2):
+        n = len(places) if axis == "o" else sizes["B" if axis == "b" else "H"]
+        shape.insert(0, n)
+        if axis != "o":
+            indices[axis] = torch.arange(n, device=device).view(n, *(1,) * (back - 1))
+    assert len(shape) == rank
+    values = evaluate(table.expr, Environment(indices, sizes, params, captured, device=device))
+    return _narrow(values.expand(shape), table)
+
+
+def _narrow(values: Tensor, table: Table) -> Tensor:
+    """Store ``values`` in the least dtype that holds them, so that kernels compute with them in 32 bits."""
+    if table.expr.type is BOOL:
+        return values.contiguous()
+    low, high = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
+    dtype = next(d for d in _INTS if torch.iinfo(d).min <= low and high <= torch.iinfo(d).max)
+    return values.to(dtype).contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,20 @@ from attnlang.ir import (
     BOOL,
     FLOAT,
     INT,
+    Attend,
+    Branch,
     Expr,
+    Index,
     InvalidProgram,
+    Load,
     Param,
     Program,
     Scalar,
     ScalarParam,
+    Stage,
+    Type,
     build,
     postorder,
-    simple,
     verify,
 )
 
@@ -33,7 +38,7 @@ from .scalars import to
 from .state import TraceState
 from .tensor import LiftedScalarUsed, TracedTensor, pull_of, wrap
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Hook", "Traced", "trace", "trace_hooks"]
 
 Tensor = torch.Tensor
 Mod = Callable[..., Any]
@@ -55,6 +60,24 @@ class Traced:
     tensors: Mapping[str, Tensor]
     scalars: Mapping[str, Scalar]
     derived: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function to trace: what it is called in messages, its arguments, and what it must return.
+
+    ``kind`` is ``mask_mod``, ``score_mod`` or a name of the caller's. ``want`` is a type, or ``"rows"`` for a vector of
+    features that is a row of a captured tensor (the result is then the load of its feature d). A tensor in the place of
+    the function is read with as many of ``args`` as it has dimensions, a number is that number.
+    """
+
+    kind: str
+    mod: Any
+    args: tuple[Expr, ...]
+    want: Type | str
+
+
+MASK_ARGS = (build.b, build.h, build.q, build.k)
 
 
 def _unwrap(mod: Any) -> Any:
@@ -110,7 +133,27 @@ class _Scalars:
         return number
 
 
-def _result(value: Any, kind: str, mod: Any) -> Expr:
+def _row_of(value: Any, kind: str, mod: Any) -> Expr:
+    """The load of feature d of the row that a function returned."""
+    where = location_of_code(_code(mod))
+    array = pull_of(value) if isinstance(value, Tensor) else None
+    if array is not None and len(array.shape) == 1 and array.type is FLOAT:
+        d = Index("d")
+        expr = array.at((d,))
+        whole = isinstance(expr, Load) and expr.indices and expr.indices[-1] is d
+        if whole and not any(n is d for n in postorder(*expr.args[:-1])):
+            return expr
+    raise TraceError(
+        f"{kind} `{mod_name(mod)}` must return a row of a float tensor: all dimensions indexed but the last",
+        "for example `table[h, k - q + reach]`",
+        where,
+    )
+
+
+def _result(value: Any, hook: Hook, mod: Any) -> Expr:
+    kind = hook.kind
+    if hook.want == "rows":
+        return _row_of(value, kind, mod)
     where = location_of_code(_code(mod))
     if isinstance(value, Tensor):
         array = pull_of(value)
@@ -126,8 +169,12 @@ def _result(value: Any, kind: str, mod: Any) -> Expr:
     else:
         missing = "nothing (is a `return` missing?)" if value is None else f"a {type(value).__name__}"
         raise TraceError(f"{kind} `{mod_name(mod)}` returned {missing}", "return one 0-d tensor", where)
-    if kind == "score_mod":
+    if hook.want is FLOAT:
         return to(expr, FLOAT)
+    if hook.want is INT:
+        if expr.type is FLOAT:
+            raise TraceError(f"{kind} `{mod_name(mod)}` returned a float; it must be an int", "use .long()", where)
+        return to(expr, INT)
     if expr.type is not BOOL:
         raise TraceError(
             f"mask_mod `{mod_name(mod)}` returned a value of type {expr.type}; a mask must be bool",
@@ -137,16 +184,33 @@ def _result(value: Any, kind: str, mod: Any) -> Expr:
     return expr
 
 
-def _call(mod: Any, kind: str, original: Any, args: tuple[TracedTensor, ...]) -> Expr:
+def _plain(hook: Hook) -> Expr | None:
+    """The value of a hook that is a number or a tensor instead of a function."""
+    if isinstance(hook.mod, (bool, int, float)):
+        return to(build.const(hook.mod), hook.want) if isinstance(hook.want, Type) else build.const(hook.mod)
+    if not isinstance(hook.mod, Tensor):
+        return None
+    array = pull_of(hook.mod)
+    count = len(array.shape) - (hook.want == "rows")
+    if count > len(hook.args):
+        message = f"{hook.kind} is a tensor of {count} dimensions; it is read with {len(hook.args)} at most"
+        raise TraceError(message, "give a function instead")
+    where = (*hook.args[:count], *([Index("d")] if hook.want == "rows" else []))
+    expr = array.at(where)
+    return to(expr, hook.want) if isinstance(hook.want, Type) else expr
+
+
+def _call(mod: Any, hook: Hook, args: tuple[TracedTensor, ...]) -> Expr:
     """Run one mod on traced values.
 
     Raises:
         TraceError: whatever went wrong inside, with the user's line.
     """
+    kind, original = hook.kind, hook.mod
     try:
         with TraceMode():
             value = mod(*args)
-        return _result(value, kind, original)
+        return _result(value, hook, original)
     except TraceError as error:
         if error.filename is None and not isinstance(error, LiftedScalarUsed):
             raise TraceError(error.problem, error.hint, location_of_code(_code(original))) from error
@@ -163,15 +227,15 @@ def _call(mod: Any, kind: str, original: Any, args: tuple[TracedTensor, ...]) ->
         if where is None:  # raised by the call itself
             where = location_of_code(_code(original))
             if isinstance(error, TypeError):
-                hint = f"a {kind} takes {_SIGNATURE[kind]}"
+                hint = f"a {kind} takes {_SIGNATURE[kind]}" if kind in _SIGNATURE else ""
         text = f"{kind} `{mod_name(original)}` failed while it was traced: {type(error).__name__}: {error}"
         raise TraceError(text, hint, where) from error
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    mask: Any
-    score: Any
+    hooks: tuple[Hook, ...]
+    assemble: Callable[[tuple[Expr, ...]], tuple[Stage, ...]]
     reached: Reached
     device: torch.device
     dtype: torch.dtype
@@ -182,17 +246,17 @@ def _once(job: _Attempt, baked: frozenset[str] | None, name: str) -> Traced:
     with TraceState(job.reached.names, job.device, job.dtype) as state:
         scalars = _Scalars(state, baked)
         lifter = Lifter(scalars.replace)
-        index = tuple(wrap(e, torch.int64) for e in (build.b, build.h, build.q, build.k))
-        mask: Expr = build.TRUE
-        score: Expr = build.s
-        if job.mask is not None:
-            mask = _call(lifter.mod(job.mask), "mask_mod", job.mask, index)
-        if job.score is not None:
-            score = _call(lifter.mod(job.score), "score_mod", job.score, (wrap(build.s, job.dtype), *index))
-        (mask, score), tensors, params, derived = state.finish((mask, score))
-    used = {n.name: n.type for n in postorder(mask, score) if isinstance(n, Param)}
+        roots: list[Expr] = []
+        for hook in job.hooks:
+            found = _plain(hook)
+            if found is None:
+                args = tuple(wrap(e, job.dtype if e.type is FLOAT else torch.int64) for e in hook.args)
+                found = _call(lifter.mod(hook.mod), hook, args)
+            roots.append(found)
+        done, tensors, params, derived = state.finish(roots)
+    used = {n.name: n.type for n in postorder(*done) if isinstance(n, Param)}
     declared = tuple(ScalarParam(n, used[n]) for n in scalars.values if n in used)
-    program = _verified(simple(name, mask=mask, score=score, scalars=declared, tensors=params), job)
+    program = _verified(Program(name, job.assemble(done), declared, params), job)
     return Traced(program, tensors, {p.name: scalars.values[p.name] for p in declared}, derived)
 
 
@@ -200,7 +264,7 @@ def _verified(program: Program, job: _Attempt) -> Program:
     try:
         return verify(program)
     except InvalidProgram as error:
-        code = _code(job.mask if job.mask is not None else job.score)
+        code = _code(job.hooks[0].mod) if job.hooks else None
         raise TraceError(str(error), "make the function simpler", location_of_code(code)) from error
 
 
@@ -231,10 +295,36 @@ def trace(
     for kind, mod in (("mask_mod", mask), ("score_mod", score)):
         if mod is not None and not callable(mod):
             raise TraceError(f"{kind} is a {type(mod).__name__}, not a function", f"pass a function {_SIGNATURE[kind]}")
-    given = [m for m in (mask, score) if m is not None]
-    label = name or "_".join(dict.fromkeys(mod_name(m) for m in given)) or "full"
-    reached = reach(*given)
-    job = _Attempt(mask, score, reached, torch.device("cpu" if device is None else device), dtype)
+    hooks = [Hook("mask_mod", mask, MASK_ARGS, BOOL)] if mask is not None else []
+    hooks += [Hook("score_mod", score, (build.s, *MASK_ARGS), FLOAT)] if score is not None else []
+
+    def assemble(found: tuple[Expr, ...]) -> tuple[Stage, ...]:
+        given = dict(zip((hook.kind for hook in hooks), found, strict=True))
+        return (Attend(branches=(Branch(given.get("mask_mod", build.TRUE), given.get("score_mod", build.s)),)),)
+
+    return trace_hooks(hooks, assemble, name=name, device=device, dtype=dtype)
+
+
+def trace_hooks(
+    hooks: Sequence[Hook],
+    assemble: Callable[[tuple[Expr, ...]], tuple[Stage, ...]],
+    *,
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Traced:
+    """Trace ``hooks`` together; ``assemble`` makes stages of their values, in order.
+
+    Raises:
+        TraceError: as :func:`trace`.
+    """
+    functions = [hook.mod for hook in hooks if callable(hook.mod) and not isinstance(hook.mod, Tensor)]
+    label = name or "_".join(dict.fromkeys(mod_name(m) for m in functions)) or "full"
+    reached = reach(*functions)
+    for hook in hooks:
+        if isinstance(hook.mod, Tensor):
+            reached.names.setdefault(id(hook.mod), hook.kind)
+    job = _Attempt(tuple(hooks), assemble, reached, torch.device("cpu" if device is None else device), dtype)
     baked: frozenset[str] = frozenset()
     while reached.may_lift:
         try:

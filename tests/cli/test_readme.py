@@ -32,7 +32,7 @@ def test_python_and_attn_examples_run(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / "example.py").write_text(text)
         exec(compile(text, str(tmp_path / "example.py"), "exec"), space)
         results.append(space["out"])
-    assert len(results) == 4
+    assert len(results) == 5
     torch.testing.assert_close(space["same"], results[0])
     assert all(isinstance(r, torch.Tensor) and r.isfinite().all() for r in results)
 
@@ -95,6 +95,17 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     built.append({**kernel, "program": "alibi", "registers": 255, "spill_bytes": 8})
     failed = {**kernel, "target": "cuda:80", "error": "no"}
     (tmp_path / "results/gpu_resources.json").write_text(json.dumps([*built, failed]))
+    moved = {"table": "forward", "case": "7 x 7", "layout": "patches of 8 x 1", "ms_before": 30.0, "ms_after": 10.0}
+    moved |= {"efficiency_before": 0.1, "efficiency_after": 0.4, "ratio": 3.0}
+    at_million = {
+        "table": "million",
+        "case": "criss_cross on 1024 x 1024",
+        "layout": "plain",
+        "gain": 4.0,
+        "runs": 1234,
+        "analysis_ms": 5.0,
+    }
+    (tmp_path / "results/layouts.json").write_text(json.dumps({"machine": {}, "rows": [moved, at_million]}))
     tile = {"table": "million", "case": "causal", "implementation": "attnlang", "length": 1 << 20, "ms": 2.5}
     million = {**tile, "mib": 1.0, "runs": 16384}
     peer = {**million, "table": "peers", "length": 4096, "implementation": "create_block_mask", "ms": 50.0}
@@ -125,6 +136,8 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     assert "* `causal`, 64: 99.95%; why" in text
     details = (tmp_path / "docs/sparsity.md").read_text()
     assert "| `axial` | 1,048,576 | 2.5 | 1.0 | 16,384 | 24.00% | 1.00% |" in details and "old" not in details
+    assert "| 7 x 7 | patches of 8 x 1 | 0.10 | 0.40 | 30.0 | 10.0 (3.0x) |" in text
+    assert "| criss_cross on 1024 x 1024 | plain | 4.0x | 1,234 | 5 |" in text
     assert "| causal, 4,096 tokens | 50.0 ms, 1 MiB |" in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "old" not in text

@@ -52,6 +52,20 @@ def test_sides_of_a_grid_are_made_up(invoke: Invoke) -> None:
     assert "width = 16" in result.output
 
 
+def test_orders_of_tokens(invoke: Invoke) -> None:
+    words = ("neighborhood_2d", "--set", "height=16", "--set", "width=16", "--len", 256, "--tile", 16)
+    plain, patches, auto = (invoke("show", *words, *more) for more in ((), ("--layout", "4x4"), ("--layout", "auto")))
+    assert "16 full, 84 partial, 156 empty" in patches.output
+    assert "tokens in patches of 4 x 4" in patches.output
+    assert "tokens in" in auto.output
+    assert patches.output != plain.output
+    explained = invoke("explain", *words[:-2], "--layout", "hilbert")
+    assert "tokens in Hilbert order" in explained.output
+    wrong = invoke("show", "causal", "--layout", "4x4")
+    assert wrong.exit_code == 1
+    assert "the grid 1024 has 1" in said(wrong)
+
+
 def test_heads_that_differ(invoke: Invoke) -> None:
     first, last = (invoke("show", "axial", "--len", 256, "--at", f"0,{h}") for h in (0, 7))
     assert "head 0" in first.output

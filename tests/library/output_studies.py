@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from library.records import Setup, Shape
 from library.region_cases import draw
-from library.studies import CROSS, SHAPE, Given, Results, Study, heads, onehot, softmax
+from library.study import CROSS, SHAPE, Given, Results, Study, heads, onehot, softmax
 
 Tensor = torch.Tensor
 

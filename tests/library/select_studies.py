@@ -7,7 +7,7 @@ import math
 import torch
 from library.records import Shape
 from library.region_cases import draw
-from library.studies import Given, Results, Study, softmax
+from library.study import Given, Results, Study, softmax
 
 Tensor = torch.Tensor
 
@@ -109,6 +109,12 @@ def full_step(x: Given) -> Results:
     return {"o": w @ x.v, "chosen": best(row, x.count)[:, :, None]}
 
 
+def chosen_keys(x: Given) -> Results:
+    groups = x.q.shape[1] // x.chosen.shape[1]
+    seen = x.chosen.repeat_interleave(groups, 1) | (x.j >= x.since)
+    return {"o": softmax(x.s, seen) @ x.v}
+
+
 def anchor(x: Given) -> Results:
     """Keys whose pooled score is within theta of the pooled row maximum over first and near keys."""
     near = x.causal & ((x.j < x.first) | (x.i // x.block == x.j // x.block))
@@ -143,6 +149,9 @@ STUDIES: dict[str, Study] = {
     "mosa": Study("mosa", _SHAPE, mosa, draw(router=(("B", "H", "Q"), "positive")), {"count": 6}),
     "token_votes": Study("token_votes", Shape(2, 4, 2, 1, 18), vote, params={"count": 5, "first": 2, "last": 3}),
     "full_step": Study("full_step", Shape(2, 4, 2, 1, 18), full_step, params={"count": 5, "key_heads": 2}),
+    "chosen_keys": Study(
+        "chosen_keys", Shape(2, 4, 2, 1, 18), chosen_keys, draw(chosen=(("B", "G", 1, "K"), 0.3)), {"since": 15}
+    ),
     "anchor": Study("anchor", _SHAPE, anchor, params={"block": 4, "first": 2, "theta": 1.0}),
     "sparsifiner": Study(
         "sparsifiner",

@@ -1,11 +1,11 @@
-"""Dense definitions of ``terms.attn`` and ``branches.attn``."""
+"""Dense definitions of ``score_terms.attn`` and ``branches.attn``."""
 
 from __future__ import annotations
 
 import torch
 from library.records import Setup, Shape
 from library.region_cases import draw
-from library.studies import CROSS, SHAPE, Given, Results, Study, heads, onehot, softmax
+from library.study import CROSS, SHAPE, Given, Results, Study, heads, onehot, softmax
 
 Tensor = torch.Tensor
 
@@ -260,7 +260,7 @@ STUDIES: dict[str, Study] = {
     ),
     "neural_attention": Study("neural_attention", SHAPE, neural, draw(weight=((6,), FLOAT)), scale=1.0),
     "match_attention": Study(
-        "match_attention", _IMAGE, matching, make_matching, {"width": 4, "radius": 1, "factor": 0.4}
+        "match_attention", _IMAGE, matching, make_matching, {"width": 4, "radius": 1, "factor": 0.4}, scale=1.0
     ),
     "local_linear": Study("local_linear", SHAPE, local_linear, draw(rho=features(rows="Q"))),
     "local_linear_moments": Study("local_linear_moments", SHAPE, local_moments, draw(direction=features(rows="Q"))),

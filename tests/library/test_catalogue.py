@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from library.cases import CASES
+from library.studies import STUDIES
 
 from attnlang import library
 from attnlang.library.catalogue import markdown, rows
@@ -19,7 +20,7 @@ def test_the_page_is_current() -> None:
 
 
 def test_every_program_named_exists_and_is_tested() -> None:
-    tested = {case.program for case in CASES.values()}
+    tested = {call.program for call in (*CASES.values(), *STUDIES.values())}
     for row in rows():
         for name in row.programs:
             assert name in library.names(), f"{row.id}: the library has no {name}"
@@ -38,5 +39,6 @@ def test_the_catalogue_is_whole() -> None:
 
 def test_enough_rows_work() -> None:
     works = Counter(row.kind for row in rows() if row.works)
-    assert works.total() >= 100, works
+    assert works.total() >= 200, works
+    assert min(works[kind] for kind in ("pattern", "select", "control")) >= 20, works
     assert not [row.id for row in rows() if row.works and row.confidence == "guess"], "a guess is nobody's formula"

@@ -10,14 +10,16 @@ import pytest
 import torch
 from library.bias_cases import t5_bucket
 from library.cases import CALLS, CASES, bind, program_of
+from library.studies import STUDIES
 
 import attnlang as al
 from attnlang import ir, library
 
 
 def test_every_program_has_a_case() -> None:
-    assert {case.program for case in CASES.values()} == set(library.names())
-    assert len(library.names()) >= 40
+    studied = {study.program for study in STUDIES.values()}
+    assert {case.program for case in CASES.values()} | studied == set(library.names())
+    assert all(getattr(library, case.program).standard for case in CASES.values())
 
 
 @pytest.mark.parametrize("name", library.names())

@@ -75,7 +75,7 @@ def test_other_head_dimensions_and_float32(compiler, dims):
 
 
 def test_a_defect_is_reported(compiler, monkeypatch):
-    monkeypatch.setattr("attnlang.codegen.offline.emit", lambda plan, config: "attention_forward = 1")
+    monkeypatch.setattr("attnlang.codegen.offline.emit_forward", lambda plan, config: "attention_forward = 1")
     with pytest.raises(CompilerFailed, match="causal for cuda:80"):
         compiler.compile(plan_of("causal", 64), "cuda:80", Config(64, 64, 4, 2))
 
@@ -103,7 +103,7 @@ def test_settling_takes_the_first_tile_without_spills():
 def sources() -> dict[str, str]:
     return {
         f"{name}_{'d' if descriptors else 'p'}": emit(plan, candidates(plan, "cuda:90", descriptors=descriptors)[0])
-        for name in library.names()
+        for name in library.names(standard=True)
         for plan in [plan_of(name, 80)]
         for descriptors in (False, True)
     }

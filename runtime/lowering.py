@@ -1,0 +1,110 @@
+"""Stages rewritten into ones that kernels run: branches and sums of rows apart, score terms as tensors of products.
+
+What a rewrite computes is what the stage means; the rewritten parts are differentiable, so gradients flow through them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from attnlang.ir import (
+    FLOAT,
+    QUERY_ADDRESS,
+    Attend,
+    Dot,
+    Environment,
+    Expr,
+    Index,
+    Input,
+    Load,
+    Output,
+    evaluate,
+    postorder,
+    substitute,
+)
+from attnlang.ir.build import b, h, q
+from attnlang.passes.simplify import map_record
+
+__all__ = ["apart", "with_products"]
+
+Tensor = torch.Tensor
+
+LARGEST = 1 << 26
+"""Floats of a tensor of products; larger ones would cost more memory than the blockwise executor needs time."""
+
+
+@functools.lru_cache(maxsize=256)
+def apart(stage: Attend) -> tuple[Attend, ...]:
+    """``stage`` as stages of one branch and at most one sum of rows each; together they make the same outputs."""
+    parts: list[Attend] = []
+    for number, branch in enumerate(stage.branches):
+        mine = [replace(out, branch=0) for out in stage.outputs if out.branch == number]
+        sums = [out for out in mine if out.rows is not None]
+        others = [out for out in mine if out.rows is None]
+        groups: list[list[Output]] = [[out] for out in sums] or [[]]
+        groups[0] += others
+        for found in groups:
+            if found:
+                name = f"{stage.name}_{len(parts)}"
+                parts.append(replace(stage, name=name, branches=(branch,), outputs=tuple(found)))
+    return tuple(parts) if len(parts) > 1 else (stage,)
+
+
+def _axes(*roots: Expr) -> set[str]:
+    return {n.axis for n in postorder(*roots) if isinstance(n, Index)}
+
+
+def _by_pair(term: Dot) -> bool:
+    """Whether rows of q meet rows of a table that the pair chooses."""
+    return (
+        term.body is None
+        and term.left.index == QUERY_ADDRESS
+        and {"q", "k"} <= _axes(*term.right.index)
+        and not _axes(*term.right.index[:-1]) & {"q", "k"}
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _loads(stage: Attend, names: tuple[str, ...]) -> Attend:
+    found: dict[Expr, Expr] = {}
+    for term, name in zip(stage.terms[1:], names, strict=True):
+        found[Input(term.name, FLOAT)] = Load(name, (b, h, q, term.right.index[-1]), FLOAT)
+    change: Callable[[Expr], Expr] = lambda e: substitute(e, found)  # noqa: E731
+    branches = tuple(map_record(branch, change) for branch in stage.branches)
+    outputs = tuple(map_record(out, change) for out in stage.outputs)
+    return replace(stage, terms=stage.terms[:1], branches=branches, outputs=outputs)
+
+
+def with_products(stage: Attend, env: Environment) -> tuple[Attend, dict[str, Tensor]]:
+    """``stage`` with further score terms q x table read from tensors [B, H, Lq, rows of the table], and these tensors.
+
+    A stage with terms of another kind is returned as it is.
+    """
+    more = stage.terms[1:]
+    if not more or stage.position or not all(map(_by_pair, more)):
+        return stage, {}
+    made: dict[str, Tensor] = {}
+    lq = int(evaluate(stage.lengths[0], env))
+    for term in more:
+        rows = env.rows(term.left.source)
+        table = env.rows(term.right.source)
+        if rows.shape[2] != lq or rows.shape[0] * rows.shape[1] * lq * table.shape[-2] > LARGEST:
+            return stage, {}
+        made[f"{term.name}_products"] = _products(rows.to(env.float_dtype), table.to(env.float_dtype), term, env)
+    if set(made) & {*env.tensors, *env.operands}:
+        return stage, {}
+    return _loads(stage, tuple(made)), made
+
+
+def _products(rows: Tensor, table: Tensor, term: Dot, env: Environment) -> Tensor:
+    batch, heads = rows.shape[:2]
+    device = rows.device
+    grid = {"b": torch.arange(batch, device=device)[:, None], "h": torch.arange(heads, device=device)[None]}
+    where = replace(env, indices=grid)
+    lead = [evaluate(e, where).expand(batch, heads) for e in term.right.index[:-1]]
+    lead = [w.clamp(0, max(n - 1, 0)) for w, n in zip(lead, table.shape, strict=False)]
+    return rows @ (table[tuple(lead)] if lead else table).mT

@@ -1,0 +1,54 @@
+"""Normalisers, weights and outputs beyond plain softmax in Triton's interpreter, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from streaming_cases import CASES, TENSORS, masked
+
+from attnlang.ir import Program, reference
+from attnlang.ir.build import TRUE, all_of, k, op, q
+from attnlang.runtime import triton as backend
+from attnlang.runtime.call import Call
+from attnlang.runtime.errors import Unavailable
+from attnlang.sparsity import analyse
+
+MASKS = {
+    "full": TRUE,
+    "causal": op("le", k, q),
+    "holes": all_of(op("lt", op("abs", op("sub", q, k)), 21), op("ne", op("mod", q, 5), 3)),
+}
+
+
+def make_call(name: str, mask: str, lq: int = 50, lk: int = 50, d: int = 16, dv: int = 24) -> Call:
+    program = Program(name, (masked(CASES[name], MASKS[mask]),), tensors=TENSORS)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, lq, d), (1, 1, lk, d), (1, 1, lk, dv))
+    operands = [torch.randn(x, generator=generator) for x in shapes]
+    sizes = {"B": 1, "H": 2, "Hkv": 1, "Lq": lq, "Lk": lk}
+    tensors = {
+        "sink": torch.tensor([0.5, -1.0]),
+        "rate": torch.tensor([0.1, 0.03]),
+        "gate": torch.randn(2, lk, generator=generator),
+        "noise": torch.randn(lq, lk, generator=generator),
+    }
+    return Call(
+        program, *operands, sizes, {}, tensors, d**-0.5, lambda tile: analyse(program, sizes, {}, tensors, tile)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", [n for n in CASES if "column" not in n])
+def test_stream(name: str, mask: str) -> None:
+    call = make_call(name, mask)
+    got = backend.outputs(call)
+    want = reference(call.program, call.q, call.k, call.v, call.sizes, {}, call.tensors, call.scale)
+    assert set(got) == set(want)
+    for out, value in want.items():
+        torch.testing.assert_close(got[out].double(), value.double(), atol=3e-5, rtol=5e-5, msg=lambda m, o=out: o + m)
+
+
+def test_sums_over_queries_say_what_is_missing() -> None:
+    with pytest.raises(Unavailable, match="sums over the queries"):
+        backend.outputs(make_call("columns", "causal"))
