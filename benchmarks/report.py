@@ -84,7 +84,13 @@ def precision(rows: Rows) -> list[str]:
         found = [r for r in rows if r["tile"] == side]
         true, proved = sum(r["empty"] + r["full"] for r in found), sum(r["proved"] for r in found)
         cells.append([f"{side}", f"{len(found)}", f"{true:,}", f"{proved:,}", f"{min(r['share'] for r in found):.2%}"])
-    return table(["side of a tile", "programs", "empty or full tiles", "proved", "least share of a program"], cells)
+    head = ["side of a tile", "programs", "empty or full tiles", "proved", "least share of a program"]
+    missed = [
+        f"* `{r['case']}`, {r['tile']}: {r['share']:.2%}; {r.get('reason') or 'no reason known'}"
+        for r in rows
+        if r["share"] < 1
+    ]
+    return [*table(head, cells), *(["", *missed] if missed else [])]
 
 
 def library_maps(rows: Rows) -> list[str]:

@@ -113,7 +113,15 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     program = {**million, "table": "library", "case": "axial", "empty": 75, "partial": 24, "full": 1}
     rows = [million, asked, program, peer]
     (tmp_path / "results/sparsity.json").write_text(json.dumps({"machine": {}, "rows": rows}))
-    proved = {"case": "causal", "tile": 64, "empty": 1000, "full": 1000, "proved": 1999, "share": 0.9995}
+    proved = {
+        "case": "causal",
+        "tile": 64,
+        "empty": 1000,
+        "full": 1000,
+        "proved": 1999,
+        "share": 0.9995,
+        "reason": "why",
+    }
     (tmp_path / "results/sparsity_precision.json").write_text(json.dumps({"machine": {}, "rows": [proved]}))
     assert report.main() == 0
     text = (tmp_path / "README.md").read_text()
@@ -125,6 +133,7 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     assert "| cuda:80, D = 64 | 0 of 2 | 0 | 0 | 0 | 0 |" in text
     assert "| causal | 2.5 | 1.0 | 3.2 | 1.0 | 16,384 |" in text and "axial" not in text
     assert "| 64 | 1 | 2,000 | 1,999 | 99.95% |" in text
+    assert "* `causal`, 64: 99.95%; why" in text
     details = (tmp_path / "docs/sparsity.md").read_text()
     assert "| `axial` | 1,048,576 | 2.5 | 1.0 | 16,384 | 24.00% | 1.00% |" in details and "old" not in details
     assert "| 7 x 7 | patches of 8 x 1 | 0.10 | 0.40 | 30.0 | 10.0 (3.0x) |" in text
