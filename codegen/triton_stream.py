@@ -41,6 +41,8 @@ class _Printer(TritonPrinter):
     """Accumulators have an underscore at the end, which no name of a program has here."""
 
     def input(self, node: Input, at: Level) -> str:
+        if not {"q", "k"} & set(node.axes):
+            return super().input(node, at)
         if node is SHIFTED:
             return "shifted_"
         if node.name == "raw":
