@@ -63,7 +63,11 @@ OUT, LSE = DEFAULT_OUTPUTS
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A program and what one writes without it; both are called on q, k, v and the captured tensors by name."""
+    """A program and what one writes without it; both are called on q, k, v and the captured tensors by name.
+
+    ``alike`` neighbouring queries are nearly the same, as those of one passage are; independent ones would each choose
+    other blocks, and tiles of 64 queries would need the blocks of all.
+    """
 
     name: str
     program: Program
@@ -74,6 +78,7 @@ class Mechanism:
     heads: int = HEADS
     keys: int | None = None
     result: str = "o"
+    alike: int = 1
 
 
 def sigmoid(n: int) -> Mechanism:
@@ -139,7 +144,7 @@ def moba(n: int) -> Mechanism:
     def compose(q_: Tensor, k_: Tensor, v_: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q_, k_, v_, is_causal=True)
 
-    return Mechanism("MoBA, top 3 of 512", Program("moba", stages), "SDPA, causal", compose, {}, n, heads=1)
+    return Mechanism("MoBA, top 3 of 512", Program("moba", stages), "SDPA, causal", compose, {}, n, heads=1, alike=256)
 
 
 def relative(n: int) -> Mechanism:
@@ -199,6 +204,9 @@ def measure(case: Mechanism, rounds: int) -> dict[str, object]:
     random = torch.Generator().manual_seed(0)
     lk = case.keys or case.length
     q_, k_, v_ = (torch.randn(1, case.heads, n, DIM, generator=random) for n in (case.length, lk, lk))
+    if case.alike > 1:
+        passages = torch.randn(1, case.heads, -(-case.length // case.alike), DIM, generator=random)
+        q_ = passages.repeat_interleave(case.alike, 2)[:, :, : case.length] + 0.1 * q_
     attention = al.compile(case.program)
     ours = lambda: _result(attention(q_, k_, v_, **case.captured), case.result)  # noqa: E731
     peer = lambda: case.compose(q_, k_, v_, **case.captured)  # noqa: E731

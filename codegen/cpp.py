@@ -11,6 +11,7 @@ import jinja2
 
 from attnlang.ir import Expr, Index, Input, format_program, postorder
 from attnlang.passes.levels import Level
+from attnlang.passes.streaming import Accumulator
 from attnlang.passes.widths import Width
 
 from .cpp_arguments import arguments
@@ -150,9 +151,24 @@ def _header(plan: KernelPlan, isa: Isa) -> str:
         "",
         f"{plan.dtype} q [B, H, Lq, {d}], k [B, Hkv, Lk, {d}], v [B, Hkv, Lk, {dv}], o [B, H, Lq, {dv}].",
         *(r.needs for r in plan.runs if r.needs),
+        *_passes(plan),
         f"Build: c++ {' '.join((*COMMON_FLAGS, *isa.flags))} FILE.cpp -o FILE.so",
     ]
     return "\n".join(comment(f"// {line}") for line in lines)
+
+
+def _passes(plan: KernelPlan) -> list[str]:
+    """What each pass over the keys accumulates."""
+    lines = []
+    for number, step in enumerate(plan.steps, 1):
+        found = (f"{a.name} = {a.monoid}_{a.over}({CppPrinter.source(a.value)}{_times(a)})" for a in step.accumulators)
+        lines.append(f"Pass {number} of {len(plan.steps)} over the keys: {', '.join(found)}.")
+    shift = None if plan.stream is None else plan.stream.shift
+    return lines if shift is None else [*lines, f"Here e is exp(s - {shift}), with the maximum so far in pass 1."]
+
+
+def _times(a: Accumulator) -> str:
+    return "" if a.rows is None else f" * {a.rows.source}"
 
 
 def loop_text(printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None) -> _Loop:

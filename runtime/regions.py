@@ -24,6 +24,8 @@ __all__ = ["Work", "attend"]
 Tensor = torch.Tensor
 
 TILE = (128, 128)
+TALL = (8192, 128)
+"""The tile where all keys fit into one: there are no keys to skip, and fewer regions cost less."""
 _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
     "max": torch.maximum,
@@ -71,11 +73,12 @@ def _keys(runs: list[list[int]], width: int, length: int, device: Any) -> Tensor
 def _regions(work: Work) -> Iterator[Region]:
     sizes, device = work.env.sizes, work.env.device
     lq, lk = work.lengths
-    run_map = work.runs(TILE)
+    height, width = TALL if lk <= TILE[1] else TILE
+    run_map = work.runs((height, width))
     table = run_map.launch_table()
     ptrs = [table.full_ptr.tolist(), table.part_ptr.tolist()]
     lists = [table.full_runs.tolist(), table.part_runs.tolist()]
-    blocks = -(-lq // TILE[0])
+    blocks = -(-lq // height)
     for mb in range(run_map.batch):
         for mh in range(run_map.heads):
             batch = torch.arange(sizes["B"], device=device) if run_map.batch == 1 else torch.tensor([mb], device=device)
@@ -83,10 +86,10 @@ def _regions(work: Work) -> Iterator[Region]:
             for block in range(blocks):
                 row = (mb * run_map.heads + mh) * blocks + block
                 full, part = (
-                    _keys(found[ptr[row] : ptr[row + 1]], TILE[1], lk, device)
+                    _keys(found[ptr[row] : ptr[row + 1]], width, lk, device)
                     for ptr, found in zip(ptrs, lists, strict=True)
                 )
-                rows = torch.arange(block * TILE[0], min((block + 1) * TILE[0], lq), device=device)
+                rows = torch.arange(block * height, min((block + 1) * height, lq), device=device)
                 pairs = len(rows) * (len(full) + len(part))
                 step = max(1, BUDGET // max(1, pairs))
                 keys = torch.cat([full, part])
