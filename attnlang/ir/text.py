@@ -147,7 +147,7 @@ def _defaults(stage: Attend) -> tuple[Output, ...]:
     first = next((out.rows for out in stage.outputs if out.rows is not None), None)
     rows = first if first is not None and len(first.index) == 3 else VALUE
     names = (o.name, lse.name) if stage.name == MAIN else (stage.name, f"{stage.name}_lse")
-    both = (replace(o, name=names[0], rows=rows), replace(lse, name=names[1]))
+    both: tuple[Output, ...] = (replace(o, name=names[0], rows=rows), replace(lse, name=names[1]))
     both = both if stage.branch.normalizer.name == SOFTMAX.name else both[:1]
     if stage.name != MAIN and stage.outputs != both:
         return ()
