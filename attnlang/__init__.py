@@ -28,14 +28,40 @@ if TYPE_CHECKING:
         not_mask,
         or_masks,
     )
-    from .hooks import dot, elementwise, entmax15, normalizer, output, program, softmax, sparsemax, stat, sum_d
+    from .hooks import (
+        dot,
+        dropout,
+        elementwise,
+        entmax15,
+        normalizer,
+        output,
+        program,
+        random,
+        softmax,
+        sparsemax,
+        stat,
+        sum_d,
+    )
     from .ir import AttnlangError, Program, ProgramError, UsageError
     from .runtime import Unavailable
 
 __version__ = "0.1.0"
 
 _HOOKS = (
-    *("dot", "elementwise", "entmax15", "normalizer", "output", "program", "softmax", "sparsemax", "stat", "sum_d"),
+    *(
+        "dot",
+        "dropout",
+        "elementwise",
+        "entmax15",
+        "normalizer",
+        "output",
+        "program",
+        "random",
+        "softmax",
+        "sparsemax",
+        "stat",
+        "sum_d",
+    ),
 )
 _HOME = {
     **dict.fromkeys(("Attention", "compile", "load", "parse", "reference"), "api"),
@@ -74,6 +100,7 @@ __all__ = [
     "create_block_mask",
     "create_mask",
     "dot",
+    "dropout",
     "elementwise",
     "entmax15",
     "flex_attention",
@@ -86,6 +113,7 @@ __all__ = [
     "output",
     "parse",
     "program",
+    "random",
     "reference",
     "softmax",
     "sparsemax",

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from attnlang.ir import FLOAT, OUTPUT_NAMES, Program, Scalar, UsageError, digest, format_program, verify
+from attnlang.ir import (
+    FLOAT,
+    OUTPUT_NAMES,
+    Load,
+    Program,
+    Scalar,
+    UsageError,
+    digest,
+    format_program,
+    postorder,
+    verify,
+)
 from attnlang.ir import reference as evaluate_dense
 from attnlang.passes.learned import learnable, only_in_masks, with_captured_numbers
 from attnlang.passes.specialise import specialise
@@ -261,6 +272,7 @@ class Attention:
         Raises:
             UsageError: a negative length, or a captured tensor, a parameter or the layout does not fit.
         """
+        _check_mask(self.program)
         sizes = {"B": B, "H": H, "Hkv": H if Hkv is None else Hkv, "Lq": Lq, "Lk": Lk}
         sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
         layout = layouts.choose(self.program, sizes, params, tensors, self.layout)
@@ -314,6 +326,7 @@ class Attention:
         """
         from attnlang.sparsity import explain
 
+        _check_mask(self.program)
         sizes = {"B": B, "H": H, "Hkv": H, "Lq": q_len, "Lk": kv_len}
         sizes, params, tensors = self._binder.bind_sizes(sizes, captured, self._defaults)
         layout = layouts.choose(self.program, sizes, params, tensors, self.layout)
@@ -369,6 +382,17 @@ def _unpack(program: Program | Traced) -> tuple[Program, Mapping[str, Any]]:
         hint = "; trace Python functions with attnlang.program(mask=..., score=...)" if callable(program) else ""
         raise UsageError(f"expected a program, got {kind}{hint}")
     return inner, {**program.tensors, **program.scalars}
+
+
+def _check_mask(program: Program) -> None:
+    """Refuse to look at a mask that is known in a call only."""
+    given = {t.name for t in program.tensors}
+    for node in postorder(program.mask):
+        if isinstance(node, Load) and node.tensor not in given:
+            raise UsageError(
+                f"the mask of {program.name} reads {node.tensor!r}, which a stage of it makes: "
+                "which tiles are computed is known in a call only"
+            )
 
 
 def _checked_layout(layout: LayoutChoice) -> Layout | str | None:

@@ -41,15 +41,18 @@ from attnlang.ir import (
     normalizers,
 )
 from attnlang.ir import stat as row_stat
+from attnlang.ir.random import LOW, MULTIPLIERS, SHIFTS
 from attnlang.tracing import Hook, Traced, trace, trace_hooks
 
 __all__ = [
     "dot",
+    "dropout",
     "elementwise",
     "entmax15",
     "normalizer",
     "output",
     "program",
+    "random",
     "softmax",
     "sparsemax",
     "stat",
@@ -408,3 +411,26 @@ def _term(name: str, spec: TermSpec, at: _Builder) -> Callable[[], Dot]:
     x, y = Input("x", FLOAT, "bhqd"), Input("y", FLOAT, "bhqkd")
     body = at.ask(f"body of {name}", spec.body, {**_AXES, "x": x, "y": y, "d": Index("d")}, FLOAT)
     return lambda: Dot(name, left(), right(), body())
+
+
+def random(seed: Any, *counters: Any) -> Any:
+    """A number in [0, 1) that depends on ints alone, as ``random`` of the language; for use inside of hooks.
+
+    Arguments are ints or int64 tensors, 0-d inside of hooks; the result is float32.
+    """
+
+    def mix(x: Any) -> Any:
+        for shift, factor in zip(SHIFTS, MULTIPLIERS, strict=False):
+            x = x ^ (x >> shift)
+            x = (x * factor) & LOW
+        return x ^ (x >> SHIFTS[-1])
+
+    x = mix(seed & LOW)
+    for counter in counters:
+        x = mix(x ^ (counter & LOW))
+    return (x >> 8) * 2.0**-24
+
+
+def dropout(value: Any, share: Any, seed: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    """0 for a random ``share`` of all pairs, ``value / (1 - share)`` for the others; for use inside of hooks."""
+    return torch.where(random(seed, b, h, q, k) >= share, value / (1 - share), 0.0)

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 import attnlang
-from attnlang.ir import Environment, Program, evaluate
+from attnlang.ir import Environment, Program, UsageError, evaluate
 
 from .cli_options import progress
 from .measure import interleaved
@@ -134,6 +135,8 @@ def _worst(got: Tensor, want: Tensor) -> float:
 def print_run(job: Job, backend: str | None, check: bool, layout: str | None = None) -> bool:
     """Run a job, print a table, and return whether the check (if any) passed."""
     attention = attnlang.compile(job.program, backend=backend, layout=layout)
+    if not job.program.standard:
+        return _print_results(job, attention, check)
     with progress(f"compiling and running {job.program.name}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         begin = time.perf_counter()
@@ -168,6 +171,54 @@ def print_run(job: Job, backend: str | None, check: bool, layout: str | None = N
     return passed
 
 
+ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative to the largest magnitude of a result."""
+
+
+def _print_results(job: Job, attention: Attention, check: bool) -> bool:
+    """Run a program with results of its own, and print their shapes and, with ``check``, how far they are off."""
+
+    def results(run: Callable[..., Any]) -> dict[str, torch.Tensor]:
+        found = run(job.q, job.k, job.v, return_aux=True, **job.values)
+        found = found if isinstance(found, tuple) else (found,)
+        made = {} if isinstance(found[0], dict) else {"o": found[0]}
+        return made | (found[-1] if isinstance(found[-1], dict) else {})
+
+    with progress(f"compiling and running {job.program.name}"):
+        begin = time.perf_counter()
+        made = results(attention)
+        first = time.perf_counter() - begin
+        timing = interleaved({"run": lambda: results(attention)}, job.q.device, seconds=5.0)
+    table = Table(title=job.program.name, show_header=False, title_justify="left")
+    table.add_row("tensors", f"{str(job.q.dtype).removeprefix('torch.')} on {job.q.device}")
+    table.add_row("first call", f"{first * 1e3:.1f} ms, compilation included")
+    table.add_row("a call", f"{timing['run'].median:.2f} ms (median of {timing['run'].calls})")
+    for name, t in made.items():
+        table.add_row(name, f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}")
+    passed = True
+    if check:
+        want = results(partial(attnlang.reference, attention))
+        allowed = ALLOWED[job.q.dtype]
+        for name, t in made.items():
+            off, size = _difference(t, want[name])
+            passed &= off <= allowed * (1 + size)
+            table.add_row(f"difference of {name}", f"{off:.2e} (allowed {allowed * (1 + size):.1e})")
+        table.add_row("check", "passed" if passed else "FAILED")
+    _console().print(table)
+    return passed
+
+
+def _difference(found: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    """Largest difference where both are finite (infinite where one is and they differ), and the largest magnitude."""
+    a, b = found.double(), want.double()
+    if not a.numel():
+        return 0.0, 0.0
+    finite = a.isfinite() & b.isfinite()
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = torch.where(finite, (a - b).abs(), torch.where(same, 0.0, math.inf))
+    return float(off.max()), float(torch.where(finite, b.abs(), 0.0).max())
+
+
 def bindings(attention: Attention, job: Job) -> tuple[Bindings, float]:
     """Return the checked values of a job, and its scale."""
     bound = attention._binder.bind(job.q, job.k, job.v, job.values)
@@ -187,7 +238,13 @@ def tiles_of(attention: Attention, job: Job, tile: tuple[int, int] = (128, 128))
 
 
 def print_bench(job: Job, rounds: int) -> None:
-    """Time a job against its peers and print a table."""
+    """Time a job against its peers and print a table.
+
+    Raises:
+        UsageError: the program is more than softmax with a mask and a score.
+    """
+    if not job.program.standard:
+        raise UsageError(f"{job.program.name} is more than a mask and a score, which is what peers can run; see `run`")
     attention = attnlang.compile(job.program)
     bound, scale = bindings(attention, job)
     device = job.q.device

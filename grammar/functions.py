@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from attnlang.ir import BOOL, FLOAT, INT, Expr, build, normalizers
+from attnlang.ir import BOOL, FLOAT, INT, Expr, build, dropout, normalizers, random
 from attnlang.ir.build import op
 
 __all__ = ["CONSTANTS", "FUNCTIONS", "Function", "builtin_functions", "cdiv"]
@@ -16,6 +16,8 @@ __all__ = ["CONSTANTS", "FUNCTIONS", "Function", "builtin_functions", "cdiv"]
 @dataclass(frozen=True)
 class Function:
     """One built-in function. ``most`` is None when it takes any number of arguments from ``least`` up.
+
+    A function of the ``pair`` also reads all indices of the place that calls it.
 
     ``build`` receives typed nodes and returns a node, or raises TypeError when a type does not fit.
     """
@@ -26,6 +28,7 @@ class Function:
     build: Callable[..., Expr]
     least: int = 1
     most: int | None = 1
+    pair: bool = False
 
 
 def _float1(name: str, meaning: str) -> Function:
@@ -96,6 +99,18 @@ _ROWS = (
     _float1("ceil", "smallest whole number not below x, as a float"),
     _float1("round", "nearest whole number, ties to even, as a float"),
     _float1("trunc", "whole part of x, as a float"),
+    Function(
+        "random", "random(seed: int, i: int, ...) -> float", "in [0, 1), the same for the same ints", random, 1, None
+    ),
+    Function(
+        "dropout",
+        "dropout(x: float, share: float, seed: int) -> float",
+        "0 for a random share of the pairs, x / (1 - share) for others",
+        dropout,
+        3,
+        3,
+        True,
+    ),
     Function("relu", "relu(x)", "max(x, 0); keeps int or float", lambda x: op("max", x, 0)),
     Function("softplus", "softplus(x: float) -> float", "log(1 + exp(x)), without overflow", _softplus),
     Function("silu", "silu(x: float) -> float", "x * sigmoid(x)", lambda x: op("mul", x, op("sigmoid", x))),

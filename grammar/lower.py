@@ -404,6 +404,9 @@ class Lowering:
             plural = "s" * (function.least != 1)
             message = f"`{function.name}` takes {want} argument{plural}, got {count}"
             raise scope.error(node, "ATL204", message, f"it is `{function.signature}`")
+        if function.pair and not {*AXES} <= {*scope.axes}:
+            message = f"`{function.name}` reads b, h, q and k, which are not all known in {scope.what}"
+            raise scope.error(node, "ATL213", message, "call `random(seed, ...)` with what is known")
         args = []
         for argument in node.args:
             if argument.name is not None:

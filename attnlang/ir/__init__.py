@@ -6,8 +6,9 @@ from .evaluate import Environment, evaluate
 from .mapping import map_record
 from .nodes import AXES, Const, Expr, Index, Input, Load, Op, Param, Scalar, Size, postorder, rewrite, substitute
 from .ops import OPS, OpSpec, promote_args, result_type
-from .printer import canonical, digest, format_expr, format_program
+from .printer import canonical, digest, format_expr
 from .program import BUILTIN_SIZES, HEAD_SIZES, Program, ScalarParam, TensorParam, simple
+from .random import dropout, random
 from .reference import dense_mask, reference, reference_attention, run_stages
 from .semantics import Region, attend_region, finish, is_map, output_shape, reads_pair
 from .stages import (
@@ -34,6 +35,7 @@ from .stages import (
     Stat,
     stat,
 )
+from .text import format_program
 from .types import BOOL, FLOAT, INT, Type, join
 from .verify import InvalidProgram, verify
 
@@ -91,6 +93,7 @@ __all__ = [
     "canonical",
     "dense_mask",
     "digest",
+    "dropout",
     "evaluate",
     "finish",
     "format_expr",
@@ -102,6 +105,7 @@ __all__ = [
     "output_shape",
     "postorder",
     "promote_args",
+    "random",
     "reads_pair",
     "reference",
     "reference_attention",

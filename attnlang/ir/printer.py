@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
-from .build import TRUE
 from .nodes import Const, Expr, Index, Input, Load, Op, Param, Size, postorder
 from .ops import OPS
 from .program import Program
-from .stages import DEFAULT_OUTPUTS, SOFTMAX, Attend, Dot, Map, Pool, Select, Stage
+from .stages import STAGE_INPUTS, Map, Pool, Select, Stage
 
-__all__ = ["canonical", "digest", "format_expr", "format_program"]
+__all__ = ["canonical", "digest", "format_expr"]
 
 _ATOM = 1000
 _LIMIT = 4000  # characters; shared sub-expressions can make the infix form exponentially long
@@ -59,7 +57,8 @@ def format_expr(expr: Expr) -> str:
     for node in postorder(expr):
         parts = [done[a] for a in node.args]
         if isinstance(node, Load):
-            text, precedence = f"{node.tensor}[{', '.join(t for t, _ in parts)}]", _ATOM
+            name = node.tensor.upper() if node.tensor in STAGE_INPUTS else node.tensor
+            text, precedence = f"{name}[{', '.join(t for t, _ in parts)}]", _ATOM
         elif isinstance(node, Op):
             text, precedence = _infix(node, parts)
         else:
@@ -69,72 +68,6 @@ def format_expr(expr: Expr) -> str:
             text = text[:_LIMIT] + "..."
         done[node] = text, precedence
     return done[expr][0]
-
-
-def _format_attend(stage: Attend) -> Iterator[str]:
-    for term in stage.terms:
-        if term != Dot():
-            rows = [f"{o.source}[{', '.join(map(format_expr, o.index))}]" for o in (term.left, term.right)]
-            body = "" if term.body is None else f", {format_expr(term.body)}"
-            yield f"term {term.name} = dot({', '.join(rows)}{body})"
-    for number, branch in enumerate(stage.branches):
-        if len(stage.branches) > 1:
-            yield f"branch {number}:"
-        if branch.mask is not TRUE:
-            yield f"mask = {format_expr(branch.mask)}"
-        yield f"score = {format_expr(branch.score)}"
-        if branch.group is not None and branch.groups is not None:
-            yield f"group = {format_expr(branch.group)}, {format_expr(branch.groups)}"
-        if branch.normalizer != SOFTMAX:
-            for found in branch.normalizer.stats:
-                seed = "" if found.seed is None else f", seed {format_expr(found.seed)}"
-                grouped = " by group" if found.grouped else ""
-                yield f"stat {found.name} = {found.monoid}({format_expr(found.lift)}){grouped}{seed}"
-            yield f"normalize = {format_expr(branch.normalizer.weight)}"
-        if branch.weight is not None:
-            yield f"weights = {format_expr(branch.weight)}"
-    for out in stage.outputs:
-        if out not in DEFAULT_OUTPUTS:
-            key = "".join(f"[{format_expr(e)}: {format_expr(n)}]" for e, n in zip(out.key, out.extents, strict=True))
-            source = "" if out.rows is None else f" * {out.rows.source}"
-            yield f"output {out.name}{key} = {out.monoid}_{out.over or 'none'}({format_expr(out.value)}{source})"
-
-
-def format_stage(stage: Stage, alone: bool = True) -> list[str]:
-    """Return a stage as lines in the manner of the ``.attn`` language."""
-    if isinstance(stage, Attend):
-        lines = list(_format_attend(stage))
-        return lines if alone else [f"attend {stage.name}:", *(f"    {line}" for line in lines)]
-    if isinstance(stage, Map):
-        lets = [f"let {name} = {monoid}_d({format_expr(e)})" for name, monoid, e in stage.lets]
-        extents = ", ".join(map(format_expr, stage.extents))
-        return [*lets, f"rows {stage.name}[{extents}] = {format_expr(stage.value)}"]
-    if isinstance(stage, Pool):
-        stride = "" if stage.stride is None else f", stride={format_expr(stage.stride)}"
-        return [f"pool {stage.name} = {stage.how}({stage.source}, {format_expr(stage.block)}{stride})"]
-    given = {n: getattr(stage, n) for n in ("top", "threshold", "mass") if getattr(stage, n) is not None}
-    rules = ", ".join(f"{n}={format_expr(e)}" for n, e in given.items())
-    return [
-        f"select {stage.name}[{', '.join(map(format_expr, stage.extents))}] = {format_expr(stage.score)}, {rules}, "
-        f"candidates={format_expr(stage.candidates)}, forced={format_expr(stage.forced)}"
-    ]
-
-
-def format_program(program: Program) -> str:
-    """Return a readable summary of ``program`` in the shape of an ``.attn`` pattern."""
-    params = []
-    for scalar in program.scalars:
-        default = "" if scalar.default is None else f" = {_literal(scalar.default)}"
-        params.append(f"{'static ' if scalar.static else ''}{scalar.name}: {scalar.type}{default}")
-    for tensor in program.tensors:
-        dims = ", ".join(format_expr(d) for d in tensor.shape)
-        params.append(f"{tensor.name}: {tensor.type}[{dims}]")
-    lines = [f"pattern {program.name}({', '.join(params)}):"]
-    for stage in program.stages:
-        lines += [f"    {line}" for line in format_stage(stage, alone=len(program.stages) == 1)]
-    if program.returns:
-        lines.append(f"    return {', '.join(program.returns)}")
-    return "\n".join(lines)
 
 
 def _structure(stage: Stage) -> list[str]:

@@ -256,6 +256,7 @@ CASES = {
     "unknown kind": (P + "«outptu» a = sum(w, over=k)", "ATL206", "no statement `outptu name", "`output`"),
     "unknown block": (P + "«normalise»:\n        weight = s", "ATL206", "no block `normalise:`", "`normalize`"),
     "outputs": (P + "outputs lse«,» o", "ATL104", "`,`", "output name = sum"),
+    "dropout in a helper": ("def f(x: float) = «dropout(x, 0.5, 3)»", "ATL213", "b, h, q and k", "random(seed"),
     # score terms, rows and addresses
     "term of nothing": (P + "term t = «s * 2»", "ATL216", "sum over the features", "dot("),
     "term called w": (P + "term «w» = dot(Q, K)", "ATL202", "`w`", ""),

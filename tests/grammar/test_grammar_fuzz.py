@@ -3,6 +3,7 @@
 import random
 import threading
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,9 @@ from attnlang.grammar import AttnError, Module, load, parse
 
 VOCABULARY = (
     "pattern def let grid mask score return static import from as if else and or not true false q k b h s H N Lk "
-    "int float bool p f x y t causal exp min where inf weights 1 2.5 0 1e3 99999999999999999999 ( ) [ ] , : = == < <= "
+    "int float bool p f x y t causal exp min where inf weights normalize output term stat branch attend pool select "
+    "rows group groups keys values queries position lengths w m l Q K V over key sum max dot softmax none d "
+    "1 2.5 0 1e3 99999999999999999999 ( ) [ ] , : = == < <= "
     '<< -> - + * / // % ** & | ^ ~ . # "x.attn" """doc""" " \n \n\n \n\x20\x20\x20\x20 \t \\ ! é'
 )
 WORDS = VOCABULARY.split(" ")
@@ -27,6 +30,37 @@ pattern p(x: int = 3, t: float[H, 2 * N - 1], y: int[N], static n: int = 2):
 pattern z = causal & p(x=4) & ~causal
 """
 
+BEYOND = """pattern p(gate: float[H], rel: float[9, D], static n: int = 2):
+    term t = dot(Q, rel[clamp(k - q + 4, 0, 8)])
+    term a = sum_d((x - y) ** 2 * d, Q, K[b, h // 2, k])
+    values = V[b, 0, k]
+    position q = q + 1
+    group = k // 4
+    groups = cdiv(Lk, 4)
+    score = s + t - a
+    normalize:
+        let x = exp(s)
+        stat m = max(s, seed=gate[h])
+        stat l = sum(x, by=group)
+        weight = exp(s - m) / l
+    weights = dropout(w, 0.5, n) if k < 4 else w
+    output c = sum(w * V, over=q, key=k // 4, extent=cdiv(Lk, 4), empty=-inf)
+    output e = each(m, empty=1.0)
+pattern z:
+    pool kp = mean(K, block=4, stride=2)
+    attend g:
+        lengths = (Lq, cdiv(Lk, 2))
+        keys = kp
+        output gs = s
+    select sel[Lq, cdiv(Lk, 2)] = top(gs[b, h, q, k], 2, candidates=k <= q, forced=q == k)
+    branch a: mask = sel[b, h, q, k // 2]
+    branch c:
+        normalize = softmax(sink=0)
+    output oa = sum(w * V, over=k, branch=a)
+    rows o[Lq, Dv] = oa[b, h, q, d] * rsqrt(mean_d(oa[b, h, q, d] ** 2))
+    return o, oa
+"""
+
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
@@ -39,6 +73,7 @@ def survives(text):
         assert isinstance(module, Module)
         for program in module.patterns.values():
             assert ir.verify(program) is program
+            assert ir.format_program(program)
 
 
 @quick
@@ -66,10 +101,11 @@ def test_token_soup(words):
     survives("pattern p(x: int, t: float[H, N]):\n    mask = " + " ".join(words[:12]))
 
 
-def test_programs_with_a_few_edits():
+@pytest.mark.parametrize("seed", [SEED, BEYOND])
+def test_programs_with_a_few_edits(seed):
     """Delete, repeat, swap and replace words of a program that is right: the errors people make."""
     rng = random.Random(7)
-    tokens = SEED.replace("(", " ( ").replace(")", " ) ").replace("\n", " \n ").split(" ")
+    tokens = seed.replace("(", " ( ").replace(")", " ) ").replace("\n", " \n ").split(" ")
     for _ in range(600):
         words = list(tokens)
         for _ in range(rng.randint(1, 4)):
@@ -88,6 +124,7 @@ def test_programs_with_a_few_edits():
 
 def test_the_seed_of_the_edits_is_right():
     assert list(parse(SEED).patterns) == ["causal", "p", "z"]
+    assert list(parse(BEYOND).patterns) == ["p", "z"]
 
 
 HEADER = "pattern p(x: int, y: float, c: bool, t: float[H, Lk], n: int[Lk], z: float[]):\n    score = "

@@ -1,5 +1,7 @@
 """Text to programs, checked against the same pattern written with torch."""
 
+import re
+
 import torch
 from grammar_support import SIZES, axes, mask_of, score_of
 
@@ -217,7 +219,8 @@ def test_constants_and_functions():
 def test_every_function_of_the_table_can_be_called_as_its_signature_says():
     for function in builtin_functions():
         args = ", ".join(["1 > 0", "0.5", "0.25"][-function.least :]) if function.name == "where" else None
-        numbers = ["3", "2", "1"] if ": int" in function.signature else ["0.5", "0.25", "0.75"]
+        types = re.findall(r": (int|float)", function.signature.split("->")[0])
+        numbers = ["3" if kind == "int" else "0.5" for kind in types] or ["0.5", "0.25", "0.75"]
         args = args or ", ".join(numbers[: function.least])
         parse(f"pattern p:\n    score = s + {function.name}({args})\n")
         assert function.signature.startswith(function.name + "(") and function.meaning

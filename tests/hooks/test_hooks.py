@@ -121,6 +121,26 @@ def test_the_records_are_equal(name):
     assert make().program.stages == al.parse(text).stages
 
 
+def test_dropout_draws_the_same_pairs_in_text_and_python():
+    text = al.compile(al.parse("pattern p(share: float, seed: int): weights = dropout(w, share, seed)"))
+    share, seed = 0.5, 7
+    python = al.compile(al.program(weights=lambda w, b, h, q, k: al.dropout(w, share, seed, b, h, q, k)))
+    q, k, v = operands()
+    found = text(q, k, v, share=0.5, seed=7, backend="eager")
+    torch.testing.assert_close(python(q, k, v, backend="eager"), found)
+    assert not torch.allclose(text(q, k, v, share=0.5, seed=8, backend="eager"), found)
+
+
+def test_random_numbers_are_even():
+    counters = torch.arange(1000)
+    drawn = al.random(3, counters[:, None], counters)
+    assert drawn.min() >= 0 and drawn.max() < 1
+    counts = torch.histc(drawn, 16, 0, 1)
+    assert (counts - 62500).abs().max() < 1500
+    rows = drawn - drawn.mean()
+    assert (rows[:-1] * rows[1:]).mean().abs() < 1e-3 and (rows[:, :-1] * rows[:, 1:]).mean().abs() < 1e-3
+
+
 def test_numbers_become_parameters():
     low = 0.25
     program = al.program(weights=lambda w: torch.where(w > low, w, 0.0))
