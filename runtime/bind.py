@@ -109,7 +109,6 @@ class Binder:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._standard = program.standard
         self._scalars = {p.name: p for p in program.scalars}
         self._tensors = {p.name: p for p in program.tensors}
         operands = [o for stage in program.stages if isinstance(stage, Attend) for o in stage.operands()]
@@ -143,8 +142,6 @@ class Binder:
         params = {name: self._scalar(p, given) for name, p in self._scalars.items()}
         tensors = {name: self._tensor(p, given, q.device) for name, p in self._tensors.items()}
         self._bind_sizes(sizes, tensors)
-        if not self._standard:  # shapes of rows may name the features, unless a captured tensor has the name
-            sizes = dict(zip(HEAD_SIZES, (q.shape[3], v.shape[3]), strict=True)) | sizes
         self._check_shapes(sizes, params, tensors)
         self._check_reach(sizes, tensors)
         self._check_features({"q": q, "k": k, "v": v, **tensors})

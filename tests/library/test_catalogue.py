@@ -42,3 +42,5 @@ def test_enough_rows_work() -> None:
     assert works.total() >= 200, works
     assert min(works[kind] for kind in ("pattern", "select", "control")) >= 20, works
     assert not [row.id for row in rows() if row.works and row.confidence == "guess"], "a guess is nobody's formula"
+    readme = (DOC.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"{works.total()} work." in readme

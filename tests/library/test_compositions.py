@@ -217,3 +217,36 @@ def test_razor_attention() -> None:
         return eager("compensation")(q, k, v, prompt=prompt, sinks=sinks, window=window, retrieval=retrieval)
 
     agree(ours, dense, inputs)
+
+
+def test_local_linear_attention() -> None:
+    """Each query's kernel-weighted ridge regression of values on k - q, whose intercept is the output."""
+    n, ridge = 9, 0.5
+    q, k, v = (x.detach() for x in draw((B, H, n, D), (B, H, n, D), (B, H, n, D)))
+
+    z = k[:, :, None] - q[:, :, :, None]
+    w = torch.exp(q @ k.mT * SCALE).tril()
+    rows = torch.cat([torch.ones_like(z[..., :1]), z], -1)
+    normal = torch.einsum("bhij,bhijd,bhije->bhide", w, rows, rows)
+    normal = normal + ridge * torch.diag(torch.tensor([0.0] + [1.0] * D, dtype=torch.float64))
+    want = torch.linalg.solve(normal, torch.einsum("bhij,bhijd,bhjf->bhidf", w, rows, v))[..., 0, :]
+
+    moments = eager("local_linear_moments")
+
+    def product(p: Tensor) -> tuple[Tensor, Tensor]:
+        """S p and mu from one pass over the keys."""
+        found = moments(q, k, v, direction=p)
+        step = found["keys_along"] - q * found["along"][..., None] + ridge * p
+        return step, found["keys_sum"] - q * found["total"][..., None]
+
+    rho = torch.zeros_like(q)
+    residual = product(rho)[1]
+    direction, size = residual, residual.square().sum(-1, keepdim=True)
+    for _ in range(D):  # conjugate gradients are exact after as many steps as there are features
+        step, _ = product(direction)
+        length = size / (direction * step).sum(-1, keepdim=True)
+        rho, residual = rho + length * direction, residual - length * step
+        before, size = size, residual.square().sum(-1, keepdim=True)
+        direction = residual + size / before * direction
+    got = eager("local_linear")(q, k, v, rho=rho)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
