@@ -66,7 +66,7 @@ class Site:
             bound.tensors,
             bound.scale,
             runs,
-            runs.closed,
+            closed=runs.closed,
         )
 
 

@@ -71,7 +71,8 @@ CASES = {
         lambda: {"o": (torch.sigmoid(RAW) * CAUSAL / CAUSAL.sum(-1, keepdim=True)) @ V},
     ),
     "stated": (
-        "pattern p:\n    normalize:\n        stat n = sum(1.0)\n        stat c = sum(s / n)\n        weight = s - c + 1 / n",
+        "pattern p:\n    normalize:\n        stat n = sum(1.0)\n        stat c = sum(s / n)\n"
+        "        weight = s - c + 1 / n",
         lambda: {"o": (RAW - RAW.mean(-1, keepdim=True) + 1 / LK) @ V},
     ),
     "weights": (
@@ -80,7 +81,8 @@ CASES = {
     ),
     "outputs": (
         "pattern p:\n    mask = k <= q\n    output received = sum(w, over=q)\n"
-        "    output mass = sum(w, over=k, key=k // 4, extent=3)\n    output top = m\n    output best = argmax(s, over=k)",
+        "    output mass = sum(w, over=k, key=k // 4, extent=3)\n    output top = m\n"
+        "    output best = argmax(s, over=k)",
         lambda: {
             "o": softmax(S) @ V,
             "received": softmax(S).sum(-2),
@@ -107,7 +109,8 @@ CASES = {
         lambda: {"o": softmax(RAW.masked_fill(j > i + 2, -torch.inf)) @ V},
     ),
     "branches": (
-        "pattern p:\n    branch near:\n        mask = k <= q\n    branch all:\n        normalize = elementwise(relu(s))\n"
+        "pattern p:\n    branch near:\n        mask = k <= q\n    branch all:\n"
+        "        normalize = elementwise(relu(s))\n"
         "    output a = sum(w * V, over=k, branch=near)\n    output c = sum(w * V, over=k, branch=all)\n"
         "    rows o[Lq, Dv] = a[b, h, q, d] + c[b, h, q, d]",
         lambda: {"o": softmax(S) @ V + torch.relu(RAW) @ V},
@@ -118,7 +121,8 @@ CASES = {
         lambda: {"o": by_groups()},
     ),
     "routing": (
-        "pattern p:\n    pool kp = mean(K, block=4)\n    attend g:\n        lengths = (Lq, cdiv(Lk, 4))\n        keys = kp\n"
+        "pattern p:\n    pool kp = mean(K, block=4)\n    attend g:\n        lengths = (Lq, cdiv(Lk, 4))\n"
+        "        keys = kp\n"
         "        output like = s\n"
         "    select sel[Lq, cdiv(Lk, 4)] = top(like[b, h, q, k], 2, candidates=k * 4 <= q, forced=q // 4 == k)\n"
         "    mask = sel[b, h, q, k // 4] and k <= q",
