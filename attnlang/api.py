@@ -253,7 +253,7 @@ class Attention:
             bound.tensors,
             bound.scale,
             runs,
-            runs.closed,
+            closed=runs.closed,
         )
 
     def run_map(
