@@ -169,10 +169,12 @@ def layouts(rows: Rows) -> list[str]:
 def resources(rows: Rows) -> list[str]:
     """What the GPU kernels of the library need, at most, for each target and head dimension.
 
-    Every line is out of the kernels of all programs that any line has, so a line that is not complete shows it.
+    Every line is out of the kernels of all programs of the library, so a line that is not complete shows it.
     """
+    from attnlang import library
+
     lines = []
-    kernels = len({(r["program"], r.get("kernel")) for r in rows})
+    kernels = len(library.names()) * len({r.get("kernel") for r in rows if "error" not in r})
     places = {(r["target"], r["head_dim"]) for r in rows}
     for target, dim in sorted(places, key=lambda place: (place[0].partition(":")[0], len(place[0]), place)):
         built = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim) and "error" not in r]
@@ -195,7 +197,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
         precision,
     ),
     "memory": ("Long sequences on the CPU: causal and packed documents, H = 1, D = 64, float32", memory),
-    "gpu_resources": ("Kernels of library programs compiled for GPUs that need not be here", resources),
+    "gpu_resources": ("Kernels of library programs compiled for GPUs that need not be here, so far", resources),
     "gpu_backward_resources": (
         "The two backward kernels of each of them, with gradients of captured tensors",
         resources,
