@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 
 import attnlang as al
+from attnlang.codegen.cpp import emit
+from attnlang.codegen.isa import COMMON_FLAGS, ISAS
+from attnlang.codegen.plan import make_plan
 from attnlang.ir import Expr, Output, Program, reference
 from attnlang.ir.build import TRUE, all_of, const, k, op, q, s
 from attnlang.runtime import cpp
 from attnlang.runtime.call import Call
 from attnlang.runtime.errors import Unavailable
+from attnlang.runtime.toolchain import find_compiler
 from tests.streaming_cases import CASES, TENSORS, masked, stage
 
 from .support import make_call
@@ -84,6 +90,17 @@ def test_outputs_are_those_of_the_reference(name: str) -> None:
 )
 def test_every_shape(name: str, heads: tuple[int, int], lengths: tuple[int, int], dims: tuple[int, int]) -> None:
     run(name, TRUE, heads, lengths, dims, batch=2)
+
+
+@pytest.mark.parametrize("name", ["both_ways", "peak", "sigmoid_columns"])
+def test_source_has_no_warnings(name: str) -> None:
+    program = Program(name, (masked(CASES[name], MIXED),), (), TENSORS)
+    storage = {t.name: "float16" for t in TENSORS}
+    source = emit(make_plan(program, dtype="float16", head_dim=40, value_dim=27, storage=storage), ISAS["generic"])
+    flags = [f for f in COMMON_FLAGS if f not in ("-O3", "-shared")]
+    command = [*find_compiler().command, *flags, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-x", "c++", "-"]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr[:2000]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
