@@ -1,4 +1,3 @@
-# ruff: noqa: E501 -- one line per statement of a case
 """Each mechanism of section 6, as text, against the formula written out with dense PyTorch in float64."""
 
 import pytest
