@@ -137,6 +137,29 @@ def training(rows: Rows) -> list[str]:
     return [line for part in parts for line in (*part, "")][:-1]
 
 
+def mechanisms(rows: Rows) -> list[str]:
+    """Whole mechanisms beside what they replace, and memory as the length grows."""
+    times = [
+        [
+            f"{r['case']}, N = {r['length']:,}",
+            f"{r['attnlang_ms']:.1f}",
+            f"{r['peer']}: {r['peer_ms']:.1f} ({r['ratio']:.1f}x)",
+        ]
+        for r in rows
+        if r["table"] == "time"
+    ]
+    grown = [r for r in rows if r["table"] == "memory"]
+    lengths = list(dict.fromkeys(r["length"] for r in grown))
+    cells = []
+    for case in dict.fromkeys(r["case"] for r in grown):
+        found = {r["length"]: r for r in grown if r["case"] == case}
+        cells.append([case, *(f"{found[n]['growth_mb']:.0f}" if n in found else "-" for n in lengths)])
+    head = table(["forward, ms", "`attnlang`", "composition"], times)
+    return (
+        [*head, "", *table(["memory added by a call, MB", *(f"N = {n:,}" for n in lengths)], cells)] if cells else head
+    )
+
+
 def memory(rows: Rows) -> list[str]:
     """Time and resident memory as the length grows."""
     cells = [[f"{r['length']:,}", f"{r['seconds']:.2f}", f"{r['peak_mb']:.0f}", f"{r['tensors_mb']:.0f}"] for r in rows]
@@ -188,6 +211,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "cpu_forward": ("Forward on the CPU, N = 4096, H = 8, D = 64: milliseconds a call", comparison),
     "cpu_forward_bfloat16": ("The same in bfloat16", comparison),
     "cpu_backward": ("Training steps on the CPU, H = 8 (flex_attention refuses to train there)", training),
+    "mechanisms": ("Whole mechanisms on the CPU, float32, D = 64", mechanisms),
     "gpu": ("Forward on a GPU: milliseconds a call", comparison),
     "first_call": ("The first call of a new process", plain),
     "sparsity": ("Finding the block structure of a mask", sparsity),

@@ -8,8 +8,7 @@ they decide tiles, registers and instructions, and nothing else.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from attnlang.ir import (
@@ -37,12 +36,10 @@ from attnlang.passes.simplify import map_program, simplify
 from attnlang.passes.streaming import Accumulator, Streaming, streaming
 from attnlang.passes.widths import Width, assumptions, widths
 
-from .runs import NAMES, RunBounds, forms_of, ranges_of, run_bounds
+from .naming import names as value_names
+from .runs import RunBounds, forms_of, ranges_of, run_bounds
 
 __all__ = ["KernelPlan", "Section", "Step", "TensorArg", "Value", "make_plan"]
-
-MAX_INLINE_DEPTH = 6
-"""Nested operators printed as one expression before a statement of their own is made."""
 
 
 @dataclass(frozen=True)
@@ -224,81 +221,6 @@ class KernelPlan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _is_leaf(node: Expr) -> bool:
-    return isinstance(node, (Const, Index, Size, Param, Input))
-
-
-class _Namer:
-    """Readable, unique, deterministic names for values."""
-
-    def __init__(self, taken: Iterable[str]) -> None:
-        self._used: set[str] = set(taken)
-
-    def take(self, stem: str) -> str:
-        """Return ``stem``, with underscores where the program uses it."""
-        while stem in self._used:
-            stem += "_"
-        return stem
-
-    def __call__(self, node: Expr, level: Level) -> str:
-        # operators are always numbered, so that templates can use names like row_max for themselves
-        if isinstance(node, Load):
-            stem, n = f"{node.tensor}_{level.value}", 2
-            name = stem
-        else:
-            assert isinstance(node, Op)
-            stem, n = f"{level.value}_{node.op}", 2
-            name = f"{stem}1"
-        while name in self._used:
-            name, n = f"{stem}{n}", n + 1
-        self._used.add(name)
-        return name
-
-
-def _users(roots: Iterable[Expr]) -> tuple[Counter[Expr], dict[Expr, list[Expr]]]:
-    count: Counter[Expr] = Counter()
-    users: dict[Expr, list[Expr]] = {}
-    for node in postorder(*roots):
-        for arg in node.args:
-            count[arg] += 1
-            users.setdefault(arg, []).append(node)
-    return count, users
-
-
-def _named_nodes(roots: tuple[Expr, ...], level_of: Mapping[Expr, Level]) -> Iterator[Expr]:
-    """Nodes that become statements: loads, shared nodes, nodes used at a deeper level than their own, deep nests."""
-    count, users = _users(roots)
-    depth: dict[Expr, int] = {}
-    for node in postorder(*roots):
-        depth[node] = 1 + max((depth[a] for a in node.args), default=-1)
-        if _is_leaf(node):
-            continue
-        shared = count[node] > 1
-        crosses = any(level_of[u] is not level_of[node] for u in users.get(node, []))
-        is_root = node in roots
-        hoisted_root = is_root and level_of[node] is not Level.PAIR
-        if shared or crosses or isinstance(node, Load) or hoisted_root or depth[node] >= MAX_INLINE_DEPTH:
-            depth[node] = 0
-            yield node
-
-
-def _names(
-    namer: _Namer, hooks: tuple[Expr, ...], runs: tuple[RunBounds, ...], level_of: Mapping[Expr, Level]
-) -> dict[Expr, str]:
-    """Names of the values of the hooks and of the run bounds, arguments before users."""
-    given: dict[Expr, str] = {}
-    for r in runs:
-        for i, part in enumerate(r.parts):
-            suffix = str(i + 1) if i else ""
-            for name, expr in zip(NAMES, part.exprs, strict=True):
-                if not _is_leaf(expr):
-                    given.setdefault(expr, namer.take(f"{name}{suffix}"))
-    ends = tuple(e for r in runs for e in r.exprs)
-    named = {*_named_nodes(hooks, level_of), *_named_nodes(ends, level_of)}
-    order = [n for n in postorder(*hooks, *ends) if n in named]
-    return {n: given.get(n) or namer(n, level_of[n]) for n in order}
-
-
 def _find(kind: type, *roots: Expr) -> list[Expr]:
     return [n for n in postorder(*roots) if isinstance(n, kind)]
 
@@ -382,8 +304,8 @@ def make_plan(
     scalars = tuple(Param(p.name, p.type) for p in program.scalars if p.name in read)
     sizes = tuple(dict.fromkeys(n.name for n in _find(Size, *roots) if isinstance(n, Size)))
 
-    namer = _Namer([t.name for t in tensors] + [p.name for p in scalars] + list(sizes))
-    names = _names(namer, (*hooks, *made), runs, level_of)
+    taken = (*(t.name for t in tensors), *(p.name for p in scalars), *sizes)
+    names = value_names(taken, (*hooks, *made), runs, level_of)
     known_after = _passes(stream, names)
 
     def values(level: Level, of: tuple[Expr, ...], after: int = 0) -> tuple[Value, ...]:
