@@ -79,7 +79,7 @@ def refuses(message: str, **kwargs: Any) -> None:
 
 def test_binds_sizes_parameters_and_tensors():
     bound = bind()
-    assert bound.sizes == {"B": B, "H": H, "Hkv": HKV, "Lq": LQ, "Lk": LK, "N": LQ}
+    assert bound.sizes == {"B": B, "H": H, "Hkv": HKV, "Lq": LQ, "Lk": LK, "D": D, "Dv": DV, "N": LQ}
     assert bound.params == {"window": 3, "gain": 1.0, "all": False}
     assert list(bound.tensors) == ["doc", "ids", "flag", "slope"]
     assert bound.scale == D**-0.5
