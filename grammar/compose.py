@@ -12,9 +12,10 @@ from attnlang.ir.build import op
 from . import syntax as ast
 from .apply import Substitution, bind_scalar, bind_tensor, check_shapes, match_arguments
 from .errors import AttnError
-from .lower import callee, lower, only_hooks
+from .lower import lower
 from .parameters import Parameters, rename_open
 from .scope import Scope, Template
+from .words import callee, only_hooks
 
 __all__ = ["Composed", "compose"]
 

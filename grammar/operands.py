@@ -21,8 +21,9 @@ from attnlang.ir import (
 
 from . import syntax as ast
 from .calls import arguments, axes_of, callee_name, number
-from .lower import OPERANDS, lower
+from .lower import lower
 from .scope import Poisoned, Scope
+from .words import OPERANDS
 
 __all__ = ["lower_term", "read_rows", "rows_of"]
 

@@ -27,9 +27,10 @@ from . import syntax as ast
 from .calls import arguments, callee_name, number, whole
 from .errors import suggest
 from .functions import cdiv
-from .lower import OPERANDS, Lowering, lower
+from .lower import Lowering, lower
 from .parameters import check_name
 from .scope import Poisoned, Scope
+from .words import OPERANDS
 
 __all__ = ["ROW_STAGES", "Shapes", "lower_row_stage"]
 
