@@ -136,7 +136,7 @@ def test_the_data_is_json_and_says_what_the_text_says() -> None:
     assert data["efficiency"]["share"] == pytest.approx(report.efficiency)
     assert data["forward"]["flops"] == report.flops(64)
     assert [c["text"] for c in data["clauses"]] == [c.text for c in report.clauses]
-    assert data["closed_form"]["full_lo"]
+    assert data["closed_form"][0]["full_lo"]
 
 
 @pytest.mark.parametrize("lengths", [(0, 8), (8, 0), (0, 0), (1, 1)])
