@@ -80,18 +80,21 @@ def _check_program(program: Program) -> Iterator[str]:
     """Check the stages in order: each may read what the earlier ones made."""
     known: dict[str, Made] = {t.name: Made(t.type, len(t.shape)) for t in program.tensors}
     yield from _check_nodes(program, tuple(d for t in program.tensors for d in t.shape), known)
-    scalars = {p.name for p in program.scalars}
+    taken = {p.name for p in program.scalars} | known.keys()
+    outputs: set[str] = set()
     for stage in program.stages:
         yield from _check_nodes(program, stage.roots(), OPERANDS | known)
         yield from check_stage(stage, known)
+        last = stage is program.stages[-1]  # nothing reads what it makes by name, so a parameter may be called o
         for name, made in made_by(stage).items():
-            if name in known or name in scalars:
+            if name in outputs or (name in taken and not last):
                 yield f"output {name!r} has the name of something else"
             if not NAME.match(name):
                 yield f"output name {name!r} is not an identifier"
             known[name] = made
+            outputs.add(name)
     for name in program.results:
-        if name not in known or any(name == t.name for t in program.tensors):
+        if name not in outputs:
             yield f"no stage makes {name!r}, which the program returns"
 
 
