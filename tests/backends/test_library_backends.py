@@ -60,7 +60,7 @@ def test_lengths(name: str) -> None:
 
 
 EVERY_HEAD_DIM = [(name, HEAD_DIMS[(i + j) % 6]) for i, name in enumerate(BROAD) for j in range(6)]
-"""A third of these runs with every change, so that all dimensions meet many programs; `make test-long` runs the rest."""
+"""A third of these pairs is run with every change; `make test-long` runs the rest."""
 
 
 @pytest.mark.parametrize("name, d", EVERY_HEAD_DIM[::3])
