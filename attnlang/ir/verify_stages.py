@@ -139,11 +139,16 @@ def _check_attend(stage: Attend, known: Mapping[str, Made]) -> Iterator[str]:
         yield from _check_operand(f"term {term.name}", term.right, known, "k")
         yield from _typed(f"the body of term {term.name}", term.body, FLOAT)
         yield from _reads(f"the body of term {term.name}", term.body, ("x", "y"), "bhqkd")
+        for side in (term.left, term.right):
+            if term.body is not None and {"q", "k"} <= set().union(*map(_axes, side.index)):
+                yield f"term {term.name} has a body, and which row of {side.source} it reads depends on the pair"
     for branch in stage.branches:
         yield from _check_branch(branch, terms)
     for axis, expr in stage.position:
         yield from _typed(f"position {axis}", expr, INT)
         yield from _reads(f"position {axis}", expr, (), f"bh{axis}")
+    if len(set(stage.made)) < len(stage.made):
+        yield f"{stage.name} has two outputs of one name"
     for out in stage.outputs:
         yield from _check_output(out, stage, terms, known)
 
