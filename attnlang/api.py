@@ -242,19 +242,7 @@ class Attention:
         return found
 
     def _call(self, bound: Bound) -> Call:
-        runs = run_maps.provider(self.program, bound.sizes, bound.params, bound.tensors)
-        return Call(
-            self.program,
-            bound.q,
-            bound.k,
-            bound.v,
-            bound.sizes,
-            bound.params,
-            bound.tensors,
-            bound.scale,
-            runs,
-            closed=runs.closed,
-        )
+        return self._site.bound_call(bound)
 
     def run_map(
         self,

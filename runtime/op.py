@@ -17,7 +17,7 @@ import torch
 from attnlang.ir import BOOL, FLOAT, Program, Scalar
 
 from . import layouts
-from .bind import Binder
+from .bind import Binder, Bound
 from .call import Call
 from .runs import run_maps
 
@@ -55,6 +55,10 @@ class Site:
         given |= {n: bool(x) if kinds[n] is BOOL else int(x) for n, x in zip(self.ints, ints, strict=True)}
         given |= dict(zip(self.floats, floats, strict=True))
         bound = self.binder.bind(*operands, given, {}, scale)
+        return self.bound_call(bound)
+
+    def bound_call(self, bound: Bound) -> Call:
+        """The call of bound arguments, with the run maps of the program's mask."""
         runs = run_maps.provider(self.program, bound.sizes, bound.params, bound.tensors)
         return Call(
             self.program,
