@@ -302,7 +302,7 @@ class AttendDraft:
         return tuple(out.name for out in self._all_outputs())
 
     def _all_outputs(self) -> list[Output]:
-        declared = [out.name for out in self.outputs]
+        declared = {out.name: out for out in self.outputs}
         if self.branches or (self.name and declared):
             return list(self.outputs)
         rows, lse = DEFAULT_OUTPUTS
@@ -311,7 +311,8 @@ class AttendDraft:
         defaults = [] if self.without_values else [rows]
         softmax = self.common.normalizer.name == SOFTMAX.name
         defaults += [replace(lse, name=names[1])] if softmax and not (self.without_values and declared) else []
-        return [*(out for out in defaults if out.name not in declared), *self.outputs]
+        first = [declared.pop(out.name, out) for out in defaults]  # one that is declared keeps its place
+        return [*first, *declared.values()]
 
     def finish(self, at: ast.Node) -> Attend:
         """Return the stage.

@@ -44,7 +44,7 @@ BEYOND = """pattern p(gate: float[H], rel: float[9, D], static n: int = 2):
         stat l = sum(x, by=group)
         weight = exp(s - m) / l
     weights = dropout(w, 0.5, n) if k < 4 else w
-    output c = sum(w * V, over=q, key=k // 4, extent=cdiv(Lk, 4), empty=-inf)
+    output c = sum(w * Q, over=q, key=k // 4, extent=cdiv(Lk, 4), empty=-inf)
     output e = each(m, empty=1.0)
 pattern z:
     pool kp = mean(K, block=4, stride=2)
