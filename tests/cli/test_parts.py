@@ -31,6 +31,7 @@ EXTRA = {
     "pixels": 16,
     "channels": 4,
     "content": 32,
+    "since": 8,
 }
 """Scalars that library programs cannot do without and that no grid gives."""
 
