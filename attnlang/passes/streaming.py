@@ -230,7 +230,7 @@ class _Builder:
         return product((t.pair, t.row))
 
     def seen(self) -> Expr:
-        """Whether a row has a visible key; a row of NaN, which its maximum may miss, shows in the sum of exponentials."""
+        """Whether a row has a visible key; a row of NaN, which a maximum may miss, shows in the sum of exponentials."""
         some = op("ne", self.add("max", SCORE), -math.inf)
         for _, a in self.found:
             if a.monoid == "sum" and a.value is SHIFTED and a.rows is None and a.over == "k":
