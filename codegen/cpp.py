@@ -17,7 +17,7 @@ from attnlang.passes.widths import Width
 from .cpp_arguments import arguments
 from .cpp_printer import ELEMENTS, VECTORS, CppPrinter, comment, declaration
 from .cpp_runs import bounds_text
-from .cpp_steps import epilogue, plain, state, step_text
+from .cpp_steps import epilogue, state, step_text
 from .isa import COMMON_FLAGS, Isa
 from .plan import KernelPlan, Section
 
@@ -84,7 +84,7 @@ def _environment() -> jinja2.Environment:
 
 def emit(plan: KernelPlan, isa: Isa) -> str:
     """Return the C++ source of the forward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
-    if isa.matrix and not plain(plan):
+    if isa.matrix and not plan.plain:
         raise ValueError("kernels for a matrix unit know the two sums of softmax only")
     printer = CppPrinter(plan)
     stream = plan.stream

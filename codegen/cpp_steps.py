@@ -10,9 +10,9 @@ from attnlang.passes.levels import Level
 from attnlang.passes.streaming import Accumulator, Made
 
 from .cpp_printer import CppPrinter, declaration
-from .plan import KernelPlan, Section, Step
+from .plan import Section, Step
 
-__all__ = ["StepText", "epilogue", "plain", "state", "step_text"]
+__all__ = ["StepText", "epilogue", "state", "step_text"]
 
 _IDENTITY = {0.0: "vfloat{}", float("inf"): "all_float(INFINITE)", float("-inf"): "all_float(-INFINITE)"}
 
@@ -73,24 +73,6 @@ class StepText:
     def has_pairs(self) -> bool:
         """Whether anything but the maximum is done with a pair."""
         return bool(self.held or self.columns or self.rows)
-
-
-def plain(plan: KernelPlan) -> bool:
-    """Whether a kernel that knows nothing but the two sums of softmax can run ``plan``."""
-    stream = plan.stream
-    if stream is None or len(stream.passes) != 1 or stream.shift is None:
-        return False
-    others = [a for a in stream.accumulators if a.name != stream.shift]
-    sums = all(a.monoid == "sum" and a.value is SHIFTED and a.over == "k" for a in others)
-    return (
-        sums
-        and [a.rows is None for a in others] == [True, False]
-        and [o.rows for o in stream.outputs]
-        == [
-            others[1].name,
-            None,
-        ]
-    )
 
 
 def _reads(name: str, *roots: Expr) -> bool:

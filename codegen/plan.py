@@ -166,6 +166,11 @@ class KernelPlan:
         return tuple(Value(self.names[n], n, Level.GRID) for n in needed)
 
     @property
+    def plain(self) -> bool:
+        """Whether a forward kernel that knows nothing but the two sums of softmax, o and lse can run this plan."""
+        return self.stream is not None and self.program.standard
+
+    @property
     def binary(self) -> bool:
         """Whether kernels may hold scores times log2(e): nothing but the shift and its exponential reads them."""
         if self.score is not None or self.stream is None:

@@ -21,20 +21,10 @@ from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter
 from .triton_runs import bounds_text
 
-__all__ = ["KERNEL_NAME", "emit_forward", "emit_stream", "forward_arguments", "plain", "stream_arguments"]
+__all__ = ["KERNEL_NAME", "emit_forward", "emit_stream", "forward_arguments", "stream_arguments"]
 
 KERNEL_NAME = "attention_forward"
 _IDENTITY = {"sum": "0.0", "max": '-float("inf")', "min": 'float("inf")', "argmax": '-float("inf")'}
-
-
-def plain(plan: KernelPlan) -> bool:
-    """Whether the plan is the two sums of softmax, with o and lse as outputs."""
-    stream = plan.stream
-    if stream is None or len(stream.passes) != 1 or stream.shift is None:
-        return False
-    rest = [a for a in stream.accumulators if a.name != stream.shift]
-    sums = all(a.monoid == "sum" and a.value is SHIFTED and a.over == "k" for a in rest)
-    return sums and plan.program.standard
 
 
 class _Printer(TritonPrinter):
@@ -196,12 +186,12 @@ def _outputs(printer: _Printer, plan: KernelPlan) -> list[_Out]:
 
 def emit_forward(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
     """Return the Triton source of the forward kernel of any plan; see :func:`emit_stream`."""
-    return (emit if plain(plan) else emit_stream)(plan, config, interpreted=interpreted)
+    return (emit if plan.plain else emit_stream)(plan, config, interpreted=interpreted)
 
 
 def forward_arguments(plan: KernelPlan, config: Config) -> Arguments:
     """Return the parameters of the kernel that :func:`emit_forward` writes."""
-    return arguments(plan, config) if plain(plan) else stream_arguments(plan, config)
+    return arguments(plan, config) if plan.plain else stream_arguments(plan, config)
 
 
 def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:

@@ -11,7 +11,6 @@ import torch
 
 from attnlang.codegen.cpp import ENTRY, SPACE, emit
 from attnlang.codegen.cpp_arguments import arguments
-from attnlang.codegen.cpp_steps import plain
 from attnlang.codegen.isa import AMX, ISAS, Isa, best_isa, few_rows, with_key_tile
 from attnlang.codegen.plan import KernelPlan
 from attnlang.passes.streaming import Accumulator, Made
@@ -136,7 +135,7 @@ def outputs(call: Call) -> dict[str, Tensor]:
         raise Unavailable(f"the C++ backend runs on CPU tensors, q is on {call.q.device}")
     isa = select_isa(max(1, call.q.shape[2]), call.key_tile)
     kernel = _kernels.get(call, isa)
-    if call.q.dtype is torch.bfloat16 and _use_matrix(call.q.shape[2]) and plain(kernel.plan):
+    if call.q.dtype is torch.bfloat16 and _use_matrix(call.q.shape[2]) and kernel.plan.plain:
         isa = AMX
         kernel = _kernels.get(call, isa)
     if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
