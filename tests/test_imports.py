@@ -121,3 +121,9 @@ def test_templates_name_no_pattern() -> None:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             found = names & set(re.findall(r"\w+", line.lower()))
             assert not found, f"{path.relative_to(ROOT)}:{number} names {', '.join(sorted(found))}"
+
+
+def test_test_files_outside_packages_have_names_of_their_own() -> None:
+    """pytest refuses to collect two modules of one name, but only in a run that sees them both."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py") if not (p.parent / "__init__.py").exists()]
+    assert not {name for name in names if names.count(name) > 1}

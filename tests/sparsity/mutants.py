@@ -265,7 +265,7 @@ MUTANTS: dict[str, Wrap] = {
 }
 
 HARMLESS = {
-    "terms._bounded": "tested with numbers at the edge of int64 (test_bad_input.py)",
+    "terms._bounded": "tested with numbers at the edge of int64 (test_hostile_sizes.py)",
     "classify.prepare": "arguments in, summaries out",
     "classify.numbers": "arguments in, numbers out",
     "classify.classify_tile": "one box of what the parts above classify",
@@ -278,7 +278,7 @@ HARMLESS = {
     "Classifier.wishes": "only says where smaller tiles are worth trying",
     "Classifier.nodes": "the list itself",
     "Classifier._needed": "a node it leaves out is missed at once",
-    "Classifier._fits_int32": "tested with numbers at the edge of int32 (test_bad_input.py)",
+    "Classifier._fits_int32": "tested with numbers at the edge of int32 (test_hostile_sizes.py)",
     "descend._fields": "the record as a tuple",
     "descend.descend": "the loop around the parts above",
     "refine.steps": "any cut is right; this finds good ones",
