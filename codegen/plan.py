@@ -32,6 +32,7 @@ from attnlang.ir.build import s as RAW_SCORE
 from attnlang.passes.derivatives import derivatives
 from attnlang.passes.intervals import value_range
 from attnlang.passes.levels import Level, levels
+from attnlang.passes.pullback import Pullback, Sweep, pullback, saving
 from attnlang.passes.simplify import map_program, simplify
 from attnlang.passes.streaming import Accumulator, Streaming, streaming
 from attnlang.passes.widths import Width, assumptions, widths
@@ -39,7 +40,7 @@ from attnlang.passes.widths import Width, assumptions, widths
 from .naming import names as value_names
 from .runs import RunBounds, forms_of, ranges_of, run_bounds
 
-__all__ = ["KernelPlan", "Section", "Step", "TensorArg", "Value", "make_plan"]
+__all__ = ["KernelPlan", "Section", "Step", "SweepStep", "TensorArg", "Value", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,27 @@ class Step:
 
 
 @dataclass(frozen=True)
+class SweepStep:
+    """A pass over the keys before the last one of a backward kernel.
+
+    It sums every pair expression of ``sums`` over the visible keys and adds it to that row input; ``after`` are the
+    row statements that wait for it.
+    """
+
+    sums: tuple[tuple[Input, Expr], ...]
+    full: Section
+    partial: Section
+    after: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
 class CapturedGrad:
     """How one load of a captured tensor takes part in the backward pass.
 
     The gradient of the tensor is the sum over visible pairs of ``ds' * derivative`` at ``load``'s index, where ds' is
-    the gradient of the modified score. ``level`` is the level of the index: a ROW load is summed over keys in registers
-    and written once a query, a COL load once a key, a GRID load once a (b, h); only a PAIR load needs a scatter.
+    the gradient of the modified score; in a plan with a pullback it is the sum of ``derivative`` itself. ``level`` is
+    the level of the index: a ROW load is summed over keys in registers and written once a query, a COL load once a key,
+    a GRID load once a (b, h); only a PAIR load needs a scatter.
     """
 
     load: Load
@@ -122,8 +138,10 @@ class KernelPlan:
 
     A forward plan says in ``stream`` what is accumulated and made of it, and in ``steps`` the statements of every pass.
 
-    A backward plan also has ``dscore``, the derivative of the modified score with respect to the raw one (None where it
-    is 1), and ``grads``, one entry for each load of a captured tensor that needs a gradient.
+    A backward plan of softmax attention has ``dscore``, the derivative of the modified score with respect to the raw
+    one (None where it is 1). Any other has ``pull``, whose expressions say all there is about a pair, and ``sweeps``,
+    the passes before the last; ``score`` is then None. Both have ``grads``, one entry for each load of a captured
+    tensor that needs a gradient.
     """
 
     program: Program
@@ -146,6 +164,8 @@ class KernelPlan:
     runs: tuple[RunBounds, ...] = ()
     stream: Streaming | None = None
     steps: tuple[Step, ...] = ()
+    pull: Pullback | None = None
+    sweeps: tuple[SweepStep, ...] = ()
     direction: str = "forward"
     wide: bool = False
     outer: str = "q"
@@ -173,6 +193,8 @@ class KernelPlan:
     @property
     def binary(self) -> bool:
         """Whether kernels may hold scores times log2(e): nothing but the shift and its exponential reads them."""
+        if self.pull is not None:
+            return False
         if self.score is not None or self.stream is None:
             return self.score is None
         values = [a.value for a in self.stream.accumulators if a.name != self.stream.shift]
@@ -230,6 +252,12 @@ def _find(kind: type, *roots: Expr) -> list[Expr]:
     return [n for n in postorder(*roots) if isinstance(n, kind)]
 
 
+def _pulled_grads(pull: Pullback, wanted: Iterable[str]) -> tuple[CapturedGrad, ...]:
+    found = pull.captured(wanted)
+    level_of = levels(*(load for load, _ in found))
+    return tuple(CapturedGrad(load, value, level_of[load]) for load, value in found)
+
+
 def _captured_grads(program: Program, wanted: Iterable[str]) -> tuple[CapturedGrad, ...]:
     loads = [n for n in _find(Load, program.score) if isinstance(n, Load) and n.tensor in set(wanted)]
     partials = derivatives(program.score, loads)
@@ -246,9 +274,10 @@ def _row_roots(stream: Streaming) -> tuple[Expr, ...]:
     return (*settled, *(out.value for out in stream.outputs))
 
 
-def _passes(stream: Streaming | None, nodes: Iterable[Expr]) -> dict[Expr, int]:
+def _passes(stream: Streaming | None, pull: Pullback | None, nodes: Iterable[Expr]) -> dict[Expr, int]:
     """After how many passes each row value is known; 0 for everything that streams by."""
     found = {a.name: i + 1 for i, step in enumerate(stream.passes if stream else ()) for a in step}
+    found |= {name.name: i + 1 for i, sweep in enumerate(pull.sweeps if pull else ()) for name, _ in sweep.sums}
     level_of = levels(*nodes)
     out: dict[Expr, int] = {}
     for node in postorder(*nodes):
@@ -268,6 +297,7 @@ def make_plan(
     storage: Mapping[str, str],
     wide: bool = False,
     backward: bool = False,
+    saves: bool = False,
     captured_grads: Iterable[str] = (),
     closed: Iterable[str] = (),
 ) -> KernelPlan:
@@ -275,7 +305,8 @@ def make_plan(
 
     ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
     ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
-    float tensors a backward pass must give gradients for. ``closed`` names the loop axes along which kernels compute
+    float tensors a backward pass must give gradients for; with ``saves`` a forward pass also gives what a backward pass
+    that is not softmax attention's starts from. ``closed`` names the loop axes along which kernels compute
     their run bounds where the mask has a closed form; whoever launches them checks that it holds.
 
     Raises:
@@ -285,13 +316,21 @@ def make_plan(
     (term,) = program.attend.terms
     score, mask = program.score, program.mask
     addresses = (term.right.address.batch, simplify(term.right.address.head))
-    dscore = derivatives(score, (RAW_SCORE,))[RAW_SCORE] if backward else None
-    grads = _captured_grads(program, captured_grads) if backward else ()
-    score_roots = (score, *((dscore,) if dscore is not None else ()), *(g.derivative for g in grads))
+    pull = pullback(program.attend) if backward and not program.standard else None
+    dscore = derivatives(score, (RAW_SCORE,))[RAW_SCORE] if backward and pull is None else None
+    if pull is None:
+        grads = _captured_grads(program, captured_grads) if backward else ()
+        score_roots = (score, *((dscore,) if dscore is not None else ()), *(g.derivative for g in grads))
+    else:
+        score, grads = RAW_SCORE, _pulled_grads(pull, captured_grads)
+        score_roots = (pull.draw, *(() if pull.weight is None else (pull.weight,)), *(g.derivative for g in grads))
     # the indices of a scattered gradient are needed as values, like any other pair expression
     score_roots += tuple(i for g in grads if g.level is Level.PAIR for i in g.load.indices)
-    hooks = (*score_roots, mask)
+    swept = () if pull is None else tuple(e for sweep in pull.sweeps for _, e in sweep.sums)
+    hooks = (*score_roots, *swept, mask)
     stream = None if backward else streaming(program.attend)
+    if stream is not None and saves:
+        stream = saving(stream)
     made = () if stream is None else (*_pair_roots(stream), *_row_roots(stream))
     roots = (*hooks, *made, *addresses)
     forms = forms_of(program, closed)
@@ -311,19 +350,23 @@ def make_plan(
 
     taken = (*(t.name for t in tensors), *(p.name for p in scalars), *sizes)
     names = value_names(taken, (*hooks, *made), runs, level_of)
-    known_after = _passes(stream, names)
+    known_after = _passes(stream, pull, names)
 
-    def values(level: Level, of: tuple[Expr, ...], after: int = 0) -> tuple[Value, ...]:
+    def values(level: Level, of: tuple[Expr, ...], after: int | None = 0) -> tuple[Value, ...]:
         needed = set(postorder(*of))
         return tuple(
             Value(name, node, level)
             for node, name in names.items()
-            if level_of[node] is level and node in needed and known_after[node] == after
+            if level_of[node] is level and node in needed and after in (None, known_after[node])
         )
 
     def section(of: tuple[Expr, ...]) -> Section:
-        col, pair, row = (values(x, of) for x in (Level.COL, Level.PAIR, Level.ROW))
-        return Section(col, pair, row)
+        col, pair = (values(x, of) for x in (Level.COL, Level.PAIR))
+        return Section(col, pair, values(Level.ROW, of, None if pull is not None else 0))
+
+    def sweep(number: int, found: Sweep) -> SweepStep:
+        of = tuple(e for _, e in found.sums)
+        return SweepStep(found.sums, section(of), section((*of, mask)), values(Level.ROW, hooks, number + 1))
 
     def step(number: int, found: tuple[Accumulator, ...]) -> Step:
         of = tuple(a.value for a in found)
@@ -340,7 +383,7 @@ def make_plan(
         grid=values(Level.GRID, (*hooks, *made)),
         row=values(Level.ROW, (*hooks, *made)),
         full=section(score_roots),
-        partial=section(hooks),
+        partial=section((*score_roots, mask)),
         score=None if score is RAW_SCORE else score,
         mask=None if mask is TRUE else mask,
         key_batch=addresses[0],
@@ -350,7 +393,9 @@ def make_plan(
         runs=runs,
         stream=stream,
         steps=() if stream is None else tuple(step(i, found) for i, found in enumerate(stream.passes)),
-        direction="backward" if backward else "forward",
+        pull=pull,
+        sweeps=() if pull is None else tuple(sweep(i, found) for i, found in enumerate(pull.sweeps)),
+        direction="backward" if backward else "saving" if saves else "forward",
         wide=wide,
         names=names,
         node_levels=level_of,

@@ -29,7 +29,8 @@ class Call:
     device of q). ``runs(tile)`` returns the run map at a (query, key) tile; it is computed once per tile and cached by
     the caller. ``key_tile`` is the number of keys in a tile that suits the mask on a CPU, 0 where the usual one does.
     ``closed(loop)`` says whether a kernel whose inner loop is over ``"k"`` or ``"q"`` may compute its own
-    run bounds and leave the run map alone; where runs come from elsewhere than the mask it may not.
+    run bounds and leave the run map alone; where runs come from elsewhere than the mask it may not. ``saves`` asks for
+    what a backward pass starts from, beside the outputs.
     """
 
     program: Program
@@ -43,6 +44,7 @@ class Call:
     runs: Callable[[tuple[int, int]], RunMap]
     key_tile: int = 0
     closed: Callable[[str], bool] = _never
+    saves: bool = False
 
     @property
     def storage(self) -> dict[str, str]:

@@ -1,26 +1,29 @@
 """Compiled kernels for Attend stages that are not softmax attention in disguise.
 
-What a stage must be for that is decided by :mod:`attnlang.passes.streaming`, not by names. Gradients of such a stage
-come from the blockwise executor, which recomputes one block of pairs at a time.
+What a stage must be for that is decided by :mod:`attnlang.passes.streaming`, and for its gradients by
+:mod:`attnlang.passes.pullback`, not by names. Where there is no kernel for gradients the blockwise executor makes them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from attnlang.ir import KEY_ADDRESS, QUERY_ADDRESS, Attend, Operand, Program
+from attnlang.passes.pullback import Pullback, pullback, saved
 from attnlang.passes.streaming import Unstreamable, streaming
 
 from .call import Call
+from .captured_grads import Gradients
 from .errors import Unavailable
 from .regions import Work
+from .row_gradients import RowGradients, VanishingFactor, row_gradients
 
-__all__ = ["has_kernel", "kernel_of"]
+__all__ = ["StageKernel", "has_kernel", "kernel_of"]
 
 Tensor = torch.Tensor
 
@@ -34,6 +37,13 @@ def _outputs(backend: str) -> Callable[[Call], dict[str, Tensor]]:
         found: Callable[[Call], dict[str, Tensor]] = importlib.import_module(f"attnlang.runtime.{backend}").outputs
     except ImportError as error:  # Triton is an optional dependency
         raise Unavailable(f"{error.name or backend} is not installed") from error
+    return found
+
+
+@functools.cache
+def _gradients(backend: str) -> Callable[[Call, Pullback, RowGradients, tuple[str, ...]], Gradients]:
+    module = importlib.import_module(f"attnlang.runtime.{backend}_pull")
+    found: Callable[[Call, Pullback, RowGradients, tuple[str, ...]], Gradients] = module.pull
     return found
 
 
@@ -65,39 +75,119 @@ def has_kernel(stage: Attend) -> bool:
     return True
 
 
-def kernel_of(
-    call: Call, alone: Program, work: Work, backend: str | None
-) -> Callable[[Work], dict[str, Tensor] | None]:
-    """Return what computes every output of ``work`` by a kernel, or None where it cannot (raises where it was named).
+@functools.lru_cache(maxsize=256)
+def _pull(stage: Attend) -> Pullback | None:
+    """The backward pass of the stage for kernels, None where they have none."""
+    try:
+        return pullback(stage)
+    except Unstreamable:
+        return None
 
-    ``alone`` is the stage as a program of its own; ``backend`` names one, None stands for that of the device. The
-    function may be given the same work on other tensors.
+
+@dataclass(frozen=True)
+class StageKernel:
+    """The kernels of one Attend stage on one backend. ``strict`` raises where the backend cannot run a call.
+
+    All methods may be given the same work on other tensors, and return None where the kernel cannot run it.
+    """
+
+    call: Call
+    program: Program
+    stage: Attend
+    backend: str
+    strict: bool
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """What :meth:`saving` saves, by name."""
+        pull = _pull(self.stage)
+        return () if pull is None else tuple(saved(pull.stream))
+
+    def _bound(self, work: Work) -> Call:
+        (term,), values = self.stage.terms, _rows(self.stage)
+        q, k = (work.env.rows(x.source).to(self.call.q.dtype) for x in (term.left, term.right))
+        v = k if values is None else work.env.rows(values.source).to(self.call.q.dtype)
+        sizes = {**work.env.sizes, "Hkv": k.shape[1]}
+        _check(q, k, v, sizes)
+        return replace(self.call, program=self.program, q=q, k=k, v=v, sizes=sizes, tensors=work.env.tensors)
+
+    def outputs(self, work: Work) -> dict[str, Tensor] | None:
+        """Every output by name."""
+        try:
+            return _outputs(self.backend)(self._bound(work))
+        except Unavailable:
+            if self.strict:
+                raise
+            return None
+
+    def saving(self, work: Work) -> dict[str, Tensor] | None:
+        """Every output by name, and after them what :meth:`gradients` starts from, in the order of :attr:`saved`."""
+        pull = _pull(self.stage)
+        if pull is None:
+            return None
+        try:
+            made = _outputs(self.backend)(replace(self._bound(work), saves=True))
+        except Unavailable:
+            return None
+        names = [out.name for out in self.stage.outputs]
+        return {n: made[n] for n in names} | {a: made[name] for a, name in saved(pull.stream).items()}
+
+    def gradients(
+        self,
+        work: Work,
+        held: Mapping[str, Tensor],
+        finals: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        wanted: Iterable[str],
+    ) -> dict[str, Tensor] | None:
+        """Gradients of the tensors ``wanted``, by their names in :meth:`Work.floats`.
+
+        ``held`` is what :meth:`saving` saved, ``finals`` are the outputs and ``grads`` gradients of some of them.
+        """
+        pull = _pull(self.stage)
+        assert pull is not None
+        (term,), values = self.stage.terms, pull.operand
+        captured = [n.removeprefix("t.") for n in wanted if n.startswith("t.")]
+        read = {load.tensor for load, _ in pull.loads}
+        try:
+            call = self._bound(work)
+            rows = row_gradients(pull, replace(work.env, sizes=call.sizes), held, finals, grads, captured)
+            made = _gradients(self.backend)(call, pull, rows, tuple(n for n in captured if n in read))
+        except (Unavailable, VanishingFactor):
+            return None
+        found: dict[str, Tensor] = {}
+
+        def add(name: str, part: Tensor) -> None:
+            found[name] = found[name] + part if name in found else part
+
+        def rows_of(operand: Operand, part: Tensor) -> None:
+            add(f"{'o' if operand.source in work.env.operands else 't'}.{operand.source}", part)
+
+        rows_of(term.left, made.q)
+        rows_of(term.right, made.k)
+        if values is not None:
+            rows_of(values, made.v)
+        for parts in (made.captured, rows.captured):
+            for name, part in parts.items():
+                add(f"t.{name}", part)
+        return found
+
+
+def kernel_of(call: Call, alone: Program, work: Work, backend: str | None) -> StageKernel:
+    """Return the kernels for ``work``, on the backend that is named or else on that of the device.
+
+    ``alone`` is the stage as a program of its own.
 
     Raises:
         Unavailable: there is no kernel for such a stage, or not for the device and dtype of ``call``.
     """
-    stage = work.stage
-    found = _rows(stage)
-    (term,) = stage.terms
+    _rows(work.stage)
     chosen = backend or _OF_DEVICE.get(call.q.device.type)
     if chosen is None:
         raise Unavailable(f"no compiled backend runs on {call.q.device}")
     if call.q.dtype is torch.float64:
         raise Unavailable("kernels compute in float32")
-
-    def run(work: Work) -> dict[str, Tensor] | None:
-        q, k = (work.env.rows(x.source).to(call.q.dtype) for x in (term.left, term.right))
-        v = k if found is None else work.env.rows(found.source).to(call.q.dtype)
-        sizes = {**work.env.sizes, "Hkv": k.shape[1]}
-        try:
-            _check(q, k, v, sizes)
-            return _outputs(chosen)(replace(call, program=alone, q=q, k=k, v=v, sizes=sizes, tensors=work.env.tensors))
-        except Unavailable:
-            if backend is not None:
-                raise
-            return None
-
-    return run
+    return StageKernel(call, alone, work.stage, chosen, backend is not None)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sizes: dict[str, int]) -> None:

@@ -158,7 +158,8 @@ class KernelCache(Generic[K]):
         """Return the kernel for ``call``, built now if it is new."""
         dtypes = tuple(t.dtype for t in call.tensors.values())
         wide, closed = is_wide(call), call.closed("k")
-        key = (id(call.program), call.q.dtype, call.q.shape[3], call.v.shape[3], dtypes, wide, closed, isa, wanted)
+        numbers = (call.q.dtype, call.q.shape[3], call.v.shape[3], dtypes, wide)
+        key = (id(call.program), *numbers, closed, call.saves, isa, wanted)
         found = self._found.get(key)
         if found is not None:
             return found[1]
@@ -210,6 +211,7 @@ def plan_of(call: Call, wide: bool, captured_grads: Iterable[str] | None = None)
         storage=storage,
         wide=wide,
         backward=captured_grads is not None,
+        saves=call.saves and captured_grads is None,
         captured_grads=captured_grads or (),
         closed=("k",) if call.closed("k") else (),
     )

@@ -8,9 +8,9 @@ autograd. It is to the whole language what :mod:`.eager` is to softmax attention
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -35,18 +35,38 @@ BUDGET = 1 << 22
 """Pairs evaluated at once; one block of rows of one head may exceed it."""
 
 
+class Kernel(Protocol):
+    """What :class:`.compiled.StageKernel` does for the executor."""
+
+    @property
+    def saved(self) -> tuple[str, ...]: ...
+
+    def outputs(self, work: Work) -> dict[str, Tensor] | None: ...
+
+    def saving(self, work: Work) -> dict[str, Tensor] | None: ...
+
+    def gradients(
+        self,
+        work: Work,
+        held: Mapping[str, Tensor],
+        finals: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        wanted: Iterable[str],
+    ) -> dict[str, Tensor] | None: ...
+
+
 @dataclass(frozen=True)
 class Work:
     """One Attend stage with everything bound. ``runs(tile)`` is the run map of pairs that any branch sees;
     ``exact`` says that a full tile of it is full for every branch. ``kernel``, where given, is a faster way to the
-    outputs of the work it is given; it returns None where it cannot."""
+    outputs and gradients of the work it is given; it returns None where it cannot."""
 
     stage: Attend
     env: Environment
     scale: float
     runs: Callable[[tuple[int, int]], RunMap]
     exact: bool
-    kernel: Callable[[Work], dict[str, Tensor] | None] | None = None
+    kernel: Kernel | None = None
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -144,7 +164,7 @@ def _forward(work: Work) -> dict[str, Tensor]:
 
 
 def _outputs(work: Work) -> dict[str, Tensor]:
-    found = None if work.kernel is None else work.kernel(work)
+    found = None if work.kernel is None else work.kernel.outputs(work)
     return _forward(work) if found is None else found
 
 
@@ -183,13 +203,16 @@ def _backward(
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(work: Work, names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_outputs(work.with_tensors(dict(zip(names, tensors, strict=True)))).values())
+        work = work.with_tensors(dict(zip(names, tensors, strict=True)))
+        found = None if work.kernel is None else work.kernel.saving(work)
+        return tuple((_outputs(work) if found is None else found).values())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.work, ctx.names, *tensors = inputs
         ctx.count = len(tensors)
-        ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
+        outs = len(ctx.work.stage.outputs)
+        ctx.mark_non_differentiable(*output[outs:], *(o for o in output[:outs] if not o.is_floating_point()))
         ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
 
@@ -198,7 +221,7 @@ class _Attend(torch.autograd.Function):
         tensors, finals = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         work: Work = ctx.work.with_tensors(dict(zip(ctx.names, tensors, strict=True)))
         outs = [out.name for out in work.stage.outputs]
-        given = {n: g.to(work.env.float_dtype) for n, g in zip(outs, grads, strict=True) if g is not None}
+        given = {n: g.to(work.env.float_dtype) for n, g in zip(outs, grads, strict=False) if g is not None}
         needs = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
         if not given:
             return (None,) * (2 + ctx.count)
@@ -211,11 +234,21 @@ class _Attend(torch.autograd.Function):
             )
             found = iter(parts)
             return (None, None, *(next(found) if needs[n] else None for n in ctx.names))
-        known = dict(zip(outs, finals, strict=True))
+        known = dict(zip(outs, finals, strict=False))
+        if work.kernel is not None and len(finals) > len(outs):
+            held = dict(zip(work.kernel.saved, finals[len(outs) :], strict=True))
+            fast = work.kernel.gradients(work, held, known, given, [n for n in ctx.names if needs[n]])
+            if fast is not None:
+                named = zip(ctx.names, tensors, strict=True)
+                return (None, None, *(_like(fast, n, t) if needs[n] else None for n, t in named))
         if work.kernel is not None and any(o.monoid != "sum" and "q" in o.over for o in work.stage.outputs):
             known = _forward(work)  # which pairs made an extremum is decided by equality
         result = _backward(work, needs, given, known)
         return (None, None, *(result.get(n) for n in ctx.names))
+
+
+def _like(made: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor:
+    return made[name].to(tensor.dtype) if name in made else torch.zeros_like(tensor)
 
 
 def attend(work: Work) -> dict[str, Tensor]:
@@ -234,4 +267,4 @@ def attend(work: Work) -> dict[str, Tensor]:
         # the record outlives the call: it must not keep the tensors that save_for_backward manages
         none = {n: t.new_empty(0) for n, t in floats.items()}
         made = _Attend.apply(work.with_tensors(none), tuple(floats), *floats.values())
-        return dict(zip((out.name for out in work.stage.outputs), made, strict=True))
+        return dict(zip((out.name for out in work.stage.outputs), made, strict=False))

@@ -172,7 +172,7 @@ def plan_key(call: Call, target: str) -> tuple[Hashable, ...]:
     """Return what a plan depends on; what is kept under it has to keep the program, so that its id stays taken."""
     dims = (call.q.shape[3], call.v.shape[3])
     storage = tuple(call.storage.items())
-    return id(call.program), call.q.dtype, dims, storage, _needs_wide(call), _closed(call), target
+    return id(call.program), call.q.dtype, dims, storage, _needs_wide(call), _closed(call), call.saves, target
 
 
 def _closed(call: Call) -> tuple[str, ...]:
@@ -190,6 +190,7 @@ def plan_of(call: Call, *, backward: bool = False, captured_grads: tuple[str, ..
         storage=dict(call.storage),
         wide=_needs_wide(call),
         backward=backward,
+        saves=call.saves and not backward,
         captured_grads=captured_grads,
         closed=_closed(call) if backward else filter(call.closed, "k"),
     )
