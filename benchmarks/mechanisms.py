@@ -7,9 +7,9 @@ short sequences and saves nothing; ``--only NAME`` one mechanism; ``--memory`` t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ from attnlang.ir import (
 from attnlang.ir.build import all_of, b, const, h, k, op, param, q, s
 from attnlang.ir.nodes import Index
 from attnlang.ir.stages import QUERY, WEIGHT
-from attnlang.measure import interleaved
+from attnlang.measure import interleaved, peak_memory
 
 CPU = torch.device("cpu")
 OURS = "attnlang"
@@ -236,27 +236,37 @@ def normalisers() -> Iterator[tuple[str, Program]]:
     yield "entropy", Program("entropy", (Attend(branches=(Branch(near),), outputs=(OUT, entropy)),))
 
 
-def peak(name: str, length: int) -> dict[str, object]:
-    """Peak memory of one call in this process, beyond what its operands take."""
+def peak(name: str, length: int, train: bool) -> dict[str, object]:
+    """Peak memory of one call in this process (with ``train`` of a call and its gradients), beyond its operands."""
     program = dict(normalisers())[name]
     attention = al.compile(program)
     captured = {t.name: torch.zeros(1) for t in program.tensors}
-    small = torch.randn(1, 1, 512, DIM)
-    attention(small, small, small, **captured)
+    small = torch.randn(1, 1, 512, DIM, requires_grad=train)
+    first = attention(small, small, small, **captured)
+    if train:  # kernels are built outside the measurement
+        outputs = first.values() if isinstance(first, dict) else (first,)
+        torch.autograd.backward([o.sum() for o in outputs if o.requires_grad])
     q_, k_, v_ = (torch.randn(1, 1, length, DIM) for _ in range(3))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    attention(q_, k_, v_, **captured)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"table": "memory", "case": name, "length": length, "growth_mb": grown}
+    q_.requires_grad_(train), k_.requires_grad_(train), v_.requires_grad_(train)
+
+    def call() -> None:
+        made = attention(q_, k_, v_, **captured)
+        if train:
+            outputs = made.values() if isinstance(made, dict) else (made,)
+            torch.autograd.backward([o.sum() for o in outputs if o.requires_grad])
+
+    grown = peak_memory(call, CPU).bytes / 2**20
+    return {"table": "memory", "case": name, "length": length, "train": train, "growth_mb": grown}
 
 
 def memory() -> Iterator[dict[str, object]]:
     for name, _ in normalisers():
-        for length in MEMORY:
-            command = [sys.executable, __file__, "--peak", name, str(length)]
+        for train, length in itertools.product((False, True), MEMORY):
+            command = [sys.executable, __file__, "--peak", name, str(length), *(["--train"] if train else [])]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
-            print(f"{name:<14} {length:>7} tokens  +{row['growth_mb']:.0f} MB")
+            what = "with gradients" if train else "forward"
+            print(f"{name:<14} {length:>7} tokens  {what:<14}  +{row['growth_mb']:.1f} MB")
             yield row
 
 
@@ -266,9 +276,10 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "LENGTH"))
+    parser.add_argument("--train", action="store_true", help="of --peak: gradients too")
     args = parser.parse_args()
     if args.peak:
-        print(json.dumps(peak(args.peak[0], int(args.peak[1]))))
+        print(json.dumps(peak(args.peak[0], int(args.peak[1]), args.train)))
         return
     rows: list[dict[str, object]] = []
     if not args.memory:

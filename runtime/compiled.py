@@ -23,12 +23,13 @@ from .errors import Unavailable
 from .regions import Work
 from .row_gradients import RowGradients, VanishingFactor, row_gradients
 
-__all__ = ["StageKernel", "has_kernel", "kernel_of"]
+__all__ = ["DEVICES", "StageKernel", "has_kernel", "kernel_of"]
 
 Tensor = torch.Tensor
 
 
-_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
+DEVICES = {"cpu": "cpp", "cuda": "triton"}
+"""The backend of each kind of device."""
 
 
 @functools.cache
@@ -182,7 +183,7 @@ def kernel_of(call: Call, alone: Program, work: Work, backend: str | None) -> St
         Unavailable: there is no kernel for such a stage, or not for the device and dtype of ``call``.
     """
     _rows(work.stage)
-    chosen = backend or _OF_DEVICE.get(call.q.device.type)
+    chosen = backend or DEVICES.get(call.q.device.type)
     if chosen is None:
         raise Unavailable(f"no compiled backend runs on {call.q.device}")
     if call.q.dtype is torch.float64:

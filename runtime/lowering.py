@@ -1,4 +1,5 @@
-"""Stages rewritten into ones that kernels run: branches and sums of rows apart, score terms as tensors of products.
+"""Stages rewritten into ones that kernels run: branches and sums of rows apart, score terms as tensors of products,
+operands where kernels read them.
 
 What a rewrite computes is what the stage means; the rewritten parts are differentiable, so gradients flow through them.
 """
@@ -6,8 +7,8 @@ What a rewrite computes is what the stage means; the rewritten parts are differe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,7 +30,9 @@ from attnlang.ir import (
 from attnlang.ir.build import b, h, q
 from attnlang.passes.simplify import map_record
 
-__all__ = ["apart", "with_products"]
+from .gathers import at_default_addresses, joined, one_hot
+
+__all__ = ["Lowered", "apart", "lowered", "with_products"]
 
 Tensor = torch.Tensor
 
@@ -108,3 +111,32 @@ def _products(rows: Tensor, table: Tensor, term: Dot, env: Environment) -> Tenso
     lead = [evaluate(e, where).expand(batch, heads) for e in term.right.index[:-1]]
     lead = [w.clamp(0, max(n - 1, 0)) for w, n in zip(lead, table.shape, strict=False)]
     return rows @ (table[tuple(lead)] if lead else table).mT
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A stage as ``parts`` that together make its outputs, reading also ``tensors``; ``after`` turns what the parts
+    make for some of the outputs into these."""
+
+    parts: tuple[Attend, ...]
+    tensors: Mapping[str, Tensor]
+    after: Mapping[str, Callable[[Tensor], Tensor]]
+
+
+def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
+    """Rewrite ``stage`` as far as that brings it closer to kernels; ``scale`` multiplies its first score term."""
+    made: dict[str, Tensor] = {}
+
+    def here() -> Environment:
+        return replace(env, tensors={**env.tensors, **made})
+
+    stage, more = with_products(stage, env)
+    made |= more
+    stage, more = at_default_addresses(stage, here())
+    made |= more
+    stage, more = joined(stage, here(), scale)
+    made |= more
+    keys = here().rows(stage.terms[0].right.source)
+    stage, more, after = one_hot(stage, here(), keys.shape[1] if keys.dim() == 4 else env.sizes["H"])
+    made |= more
+    return Lowered(apart(stage), made, after)

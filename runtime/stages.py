@@ -39,10 +39,10 @@ from attnlang.passes.simplify import map_program
 
 from . import regions
 from .call import Call
-from .compiled import has_kernel, kernel_of
+from .compiled import DEVICES, has_kernel, kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
-from .lowering import apart, with_products
+from .lowering import lowered
 from .runs import run_maps
 
 __all__ = ["run", "softmax_roles"]
@@ -143,16 +143,15 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
         if backend == "eager":
             return one(stage, here)
-        lowered, products = with_products(stage, here)
-        parts = apart(lowered)
-        on_cpu = call.q.device.type == "cpu" and call.q.dtype is not torch.float64
-        if not all(softmax_roles(part) is not None or (on_cpu and has_kernel(part)) for part in parts):
+        found = lowered(stage, here, call.scale)
+        compiled = call.q.dtype is not torch.float64 and (backend is not None or call.q.device.type in DEVICES)
+        if not all(softmax_roles(part) is not None or (compiled and has_kernel(part)) for part in found.parts):
             return one(stage, here)
-        here = replace(here, tensors={**here.tensors, **products})
+        here = replace(here, tensors={**here.tensors, **found.tensors})
         made: dict[str, Tensor] = {}
-        for part in parts:
+        for part in found.parts:
             made |= one(part, here)
-        return made
+        return made | {name: change(made[name].to(dtype)) for name, change in found.after.items()}
 
     def one(stage: Attend, here: Environment) -> dict[str, Tensor]:
         roles = softmax_roles(stage)

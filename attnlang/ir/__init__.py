@@ -10,7 +10,7 @@ from .printer import canonical, digest, format_expr
 from .program import BUILTIN_SIZES, HEAD_SIZES, Program, ScalarParam, TensorParam, simple
 from .random import dropout, random
 from .reference import dense_mask, reference, reference_attention, run_stages
-from .semantics import Region, attend_region, finish, is_map, output_shape, reads_pair
+from .semantics import Region, attend_region, finish, is_map, operand_rows, output_shape, reads_pair
 from .stages import (
     DEFAULT_OUTPUTS,
     KEY,
@@ -102,6 +102,7 @@ __all__ = [
     "join",
     "map_record",
     "normalizers",
+    "operand_rows",
     "output_shape",
     "postorder",
     "promote_args",

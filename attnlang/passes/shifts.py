@@ -70,7 +70,16 @@ class _Random:
     def value(self, expr: Expr, more: Mapping[str, Tensor], settled: Mapping[Expr, Expr]) -> Tensor:
         env = self.base
         known = Environment(env.indices, env.sizes, env.params, {}, {**self.inputs, **more}, torch.float64)
-        return evaluate(substitute(substitute(expr, settled), self.loads), known)
+        return evaluate(_without(substitute(expr, settled), self.loads), known)
+
+
+def _without(expr: Expr, loads: Mapping[Expr, Expr]) -> Expr:
+    """``expr`` with the outermost ``loads`` replaced, whatever their own indices read."""
+    done: dict[Expr, Expr] = {}
+    for node in postorder(expr):
+        args = tuple(done[a] for a in node.args)
+        done[node] = loads.get(node) or (node if args == node.args else node.with_args(args))
+    return done[expr]
 
 
 def _agrees(stream: Streaming, name: str, seed: int) -> bool:

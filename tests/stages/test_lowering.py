@@ -9,10 +9,15 @@ import attnlang as al
 from attnlang.ir import (
     DEFAULT_OUTPUTS,
     FLOAT,
+    KEY,
+    KEY_ADDRESS,
+    Address,
     Attend,
     Branch,
     Dot,
+    Environment,
     Input,
+    Load,
     Output,
     Program,
     Size,
@@ -20,11 +25,14 @@ from attnlang.ir import (
     reference,
 )
 from attnlang.ir import Operand as Rows
-from attnlang.ir.build import h, k, op, q, s
+from attnlang.ir.build import b, const, h, k, op, q, s, size
 from attnlang.ir.stages import QUERY, VALUE, WEIGHT
-from attnlang.runtime.lowering import apart
+from attnlang.runtime.compiled import has_kernel
+from attnlang.runtime.lowering import apart, lowered
+from attnlang.runtime.stages import softmax_roles
 
 CAUSAL = op("ge", q, k)
+DISTANCE = op("to_float", op("abs", op("sub", q, k)))
 NEAR = op("le", op("abs", op("sub", q, k)), 9)
 OUT, LSE = DEFAULT_OUTPUTS
 
@@ -56,19 +64,74 @@ def test_stages_are_taken_apart_by_branch_and_sum_of_rows() -> None:
     assert apart(Attend()) == (Attend(),)
 
 
-@pytest.mark.parametrize("make", [relative, branched])
+def latent() -> Program:
+    """A second dot product with keys all heads share, weighed by a number of the head (multi-head latent attention)."""
+    terms = (Dot(), Dot("t", Rows("more_q", QUERY.index), Rows("more_k", (b, k))))
+    score = op("sub", op("add", op("mul", Input("t", FLOAT), Load("rate", (h,), FLOAT)), s), op("mul", DISTANCE, 0.05))
+    stage = Attend(terms=terms, branches=(Branch(CAUSAL, score),))
+    shapes = {"more_q": ("B", "H", "Lq", "R"), "more_k": ("B", "Lk", "R"), "rate": ("H",)}
+    return Program("latent", (stage,), (), captured(shapes))
+
+
+def chosen() -> Program:
+    """Rows that take their scores from one of two products."""
+    terms = (Dot(), Dot("t", Rows("more_q", QUERY.index), Rows("more_k", KEY.index)))
+    score = op("where", op("lt", op("mod", q, 3), 1), op("mul", Input("t", FLOAT), 0.5), s)
+    stage = Attend(terms=terms, branches=(Branch(NEAR, score),))
+    shapes = {"more_q": ("B", "H", "Lq", "R"), "more_k": ("B", "Hkv", "Lk", "R")}
+    return Program("chosen", (stage,), (), captured(shapes))
+
+
+def elsewhere() -> Program:
+    """Keys in reverse, values of another head, each from a tensor of its own number of heads."""
+    back = op("sub", op("sub", size("Lk"), 1), k)
+    other = Address(b, op("mod", op("add", h, 1), size("Hkv")), back)
+    stage = Attend(
+        terms=(Dot(right=Rows("k", Address(b, KEY_ADDRESS.head, back))),),
+        branches=(Branch(CAUSAL),),
+        outputs=(Output("o", WEIGHT, Rows("v", other)), LSE),
+    )
+    return Program("elsewhere", (stage,))
+
+
+def groups() -> Program:
+    """The mass every key group gets, and a group nobody is in."""
+    group = op("sub", op("mod", k, 5), 1)  # the first is out of range
+    mass = Output("mass", op("mul", WEIGHT, 2.0), key=(group,), extents=(const(6),))
+    return Program("groups", (Attend(branches=(Branch(CAUSAL),), outputs=(OUT, mass, LSE)),))
+
+
+def captured(shapes: dict[str, tuple[str, ...]]) -> tuple[TensorParam, ...]:
+    return tuple(TensorParam(n, FLOAT, tuple(map(Size, shape))) for n, shape in shapes.items())
+
+
+SIZES = {"B": 1, "H": 4, "Hkv": 2, "Lq": 70, "Lk": 70, "R": 70, "D": 16}
+LOWERED = (relative, branched, latent, chosen, elsewhere, groups)
+
+
+@pytest.mark.parametrize("make", LOWERED)
+def test_rewritten_stages_have_kernels(make: object) -> None:
+    program: Program = make()  # type: ignore[operator]
+    torch.manual_seed(0)
+    operands = {n: torch.randn(1, heads, 70, 16) for n, heads in (("q", 4), ("k", 2), ("v", 2))}
+    tensors = {t.name: torch.randn([SIZES[d.name] for d in t.shape]) for t in program.tensors}  # type: ignore[attr-defined]
+    env = Environment({}, SIZES, {}, tensors, {}, torch.float32, "cpu", operands)
+    for part in lowered(program.attend, env, 0.25).parts:
+        assert softmax_roles(part) is not None or has_kernel(part), part.name
+
+
+@pytest.mark.parametrize("make", LOWERED)
 def test_rewritten_stages_mean_the_same(make: object) -> None:
     torch.manual_seed(0)
     program: Program = make()  # type: ignore[operator]
     leaves = {n: torch.randn(1, heads, 70, 16) for n, heads in (("q", 4), ("k", 2), ("v", 2))}
-    leaves |= {t.name: torch.randn(4, 70, 16) for t in program.tensors}
+    leaves |= {t.name: torch.randn([SIZES[d.name] for d in t.shape]) for t in program.tensors}  # type: ignore[attr-defined]
     found = []
     for dtype in (torch.float64, torch.float32):
         given = {n: t.to(dtype).requires_grad_() for n, t in leaves.items()}
         operands, others = [given.pop(n) for n in "qkv"], dict(given)
         if dtype is torch.float64:
-            sizes = {"B": 1, "H": 4, "Hkv": 2, "Lq": 70, "Lk": 70, "R": 70, "D": 16}
-            made = reference(program, *operands, sizes, {}, others, 0.25)
+            made = reference(program, *operands, SIZES, {}, others, 0.25)
         else:
             o, lse, rest = al.compile(program, backend="cpp")(*operands, **others, return_lse=True, return_aux=True)
             made = {"o": o, "lse": lse, **rest}
@@ -77,5 +140,5 @@ def test_rewritten_stages_mean_the_same(make: object) -> None:
         grads = torch.autograd.grad(loss, [*operands, *others.values()])
         found.append(([made[n].double() for n in program.results], [g.double() for g in grads]))
     for want, got in zip(found[0], found[1], strict=True):
-        for a, b in zip(want, got, strict=True):
-            torch.testing.assert_close(b, a, atol=2e-4, rtol=2e-4)
+        for a, found_one in zip(want, got, strict=True):
+            torch.testing.assert_close(found_one, a, atol=2e-4, rtol=2e-4)
