@@ -43,6 +43,7 @@ from .compiled import DEVICES, has_kernel, kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
 from .lowering import lowered
+from .roots import has_roots, probe, without_roots
 from .runs import run_maps
 
 __all__ = ["run", "softmax_roles"]
@@ -140,11 +141,15 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
     operands = {"q": call.q, "k": call.k, "v": call.v}
     env = Environment({}, call.sizes, call.params, call.tensors, {}, dtype, call.q.device, operands)
 
+    compiled = call.q.dtype is not torch.float64 and (backend is not None or call.q.device.type in DEVICES)
+
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
         if backend == "eager":
             return one(stage, here)
+        if has_roots(stage, here) and compiled and has_kernel(probe(stage)):
+            stage, roots = without_roots(stage, here, attend)
+            here = replace(here, tensors={**here.tensors, **roots})
         found = lowered(stage, here, call.scale)
-        compiled = call.q.dtype is not torch.float64 and (backend is not None or call.q.device.type in DEVICES)
         if not all(softmax_roles(part) is not None or (compiled and has_kernel(part)) for part in found.parts):
             return one(stage, here)
         here = replace(here, tensors={**here.tensors, **found.tensors})

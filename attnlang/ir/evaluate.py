@@ -53,37 +53,12 @@ class Environment:
 
 def _load(node: Load, env: Environment, done: Mapping[Expr, Tensor]) -> Tensor:
     tensor = env.tensor(node.tensor)
-    if (whole := _whole(node, tensor, done)) is not None:
-        return whole.to(env.dtype(node.type))
     index = [done[i].clamp(0, max(n - 1, 0)) for i, n in zip(node.indices, tensor.shape, strict=True)]
     if tensor.numel() == 0:
         shape = torch.broadcast_shapes(*(i.shape for i in index))
         return torch.zeros(shape, dtype=env.dtype(node.type), device=tensor.device)
     value = tensor[tuple(index)] if index else tensor
     return value.to(env.dtype(node.type))
-
-
-def _whole(node: Load, tensor: Tensor, done: Mapping[Expr, Tensor]) -> Tensor | None:
-    """The tensor as a view, where the indices of a load are the axes in order, each from end to end."""
-    if tensor.device.type != "cpu" or not node.indices or not all(isinstance(i, Index) for i in node.indices):
-        return None
-    index = [done[i] for i in node.indices]
-    rank, last = max(i.dim() for i in index), -1
-    shape = [1] * rank
-    for i, n in zip(index, tensor.shape, strict=True):
-        if i.numel() != n or not n:
-            return None
-        if n == 1:
-            continue
-        places = [p for p in range(i.dim()) if i.shape[p] > 1]
-        if len(places) != 1:
-            return None
-        (place,) = places
-        place += rank - i.dim()
-        if place <= last or not torch.equal(i.reshape(-1), torch.arange(n)):
-            return None
-        shape[place], last = n, place
-    return tensor.reshape(shape)
 
 
 def evaluate(expr: Expr, env: Environment) -> Tensor:

@@ -17,6 +17,9 @@ __all__ = ["run_rows"]
 
 Tensor = torch.Tensor
 
+BLOCK = 1 << 18
+"""Elements of a row map evaluated at once, so that what lies between stays in the cache."""
+
 
 def run_rows(stage: Map | Pool | Select, env: Environment) -> Tensor:
     """Return what ``stage`` makes of the tensors that ``env`` binds: rows [B, H, L, D], or a choice (bool)."""
@@ -65,10 +68,32 @@ def _map(stage: Map, env: Environment) -> Tensor:
     views = {load: Named(f"view {i}", FLOAT, "bhqd") for i, load in enumerate(whole)}
     roots = rewrite(roots, lambda n: views.get(n, n) if isinstance(n, Load) else n)
     inputs = {views[load].name: view for load, view in whole.items()}
-    for (name, monoid, _), expr in zip(stage.lets, roots, strict=False):
-        value = evaluate(expr, replace(grid, inputs=inputs)).to(env.float_dtype).expand(extents)
-        inputs = {**inputs, name: _reduced(monoid, value)}
-    return evaluate(roots[-1], replace(grid, inputs=inputs)).to(env.float_dtype).expand(extents)
+
+    def rows(start: int, end: int) -> Tensor:
+        shape = (*extents[:2], end - start, extents[3])
+        at = replace(grid, indices={**grid.indices, "q": grid.indices["q"][:, :, start:end]})
+        found = {n: t if t.shape[2] == 1 else t[:, :, start:end] for n, t in inputs.items()}
+        for (name, monoid, _), expr in zip(stage.lets, roots, strict=False):
+            value = evaluate(expr, replace(at, inputs=found)).to(env.float_dtype).expand(shape)
+            found[name] = _reduced(monoid, value)
+        return evaluate(roots[-1], replace(at, inputs=found)).to(env.float_dtype).expand(shape)
+
+    step = max(1, BLOCK // max(1, extents[0] * extents[1] * extents[3]))
+    if step >= extents[2] or _recorded(env):
+        return rows(0, extents[2])
+    made = torch.empty(extents, dtype=env.float_dtype, device=env.device)
+    for start in range(0, extents[2], step):
+        end = min(start + step, extents[2])
+        made[:, :, start:end] = rows(start, end)
+    return made
+
+
+def _recorded(env: Environment) -> bool:
+    """Whether somebody follows the operations one by one: autograd, a function transform, a GPU's queue."""
+    tensors = (*env.tensors.values(), *env.operands.values())
+    if torch.device(env.device).type != "cpu" or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _reduced(monoid: str, value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from attnlang.ir import (
     Environment,
     Input,
     Load,
+    Normalizer,
     Output,
     Program,
     Size,
@@ -26,7 +27,9 @@ from attnlang.ir import (
 )
 from attnlang.ir import Operand as Rows
 from attnlang.ir.build import b, const, h, k, op, q, s, size
+from attnlang.ir.normalizers import entmax15, sparsemax
 from attnlang.ir.stages import QUERY, VALUE, WEIGHT
+from attnlang.runtime import regions
 from attnlang.runtime.compiled import has_kernel
 from attnlang.runtime.lowering import apart, lowered
 from attnlang.runtime.stages import softmax_roles
@@ -142,3 +145,20 @@ def test_rewritten_stages_mean_the_same(make: object) -> None:
     for want, got in zip(found[0], found[1], strict=True):
         for a, found_one in zip(want, got, strict=True):
             torch.testing.assert_close(found_one, a, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("norm", [sparsemax(), entmax15()], ids=["sparsemax", "entmax"])
+def test_roots_are_found_by_kernels(norm: Normalizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mask = op("and", CAUSAL, op("gt", op("mod", q, 7), 0))  # some rows see nothing
+    program = Program("root", (Attend(branches=(Branch(mask, normalizer=norm),), outputs=(OUT,)),))
+    found = []
+    for dtype, backend in ((torch.float64, "eager"), (torch.float32, None)):
+        torch.manual_seed(1)
+        leaves = [(2 * torch.randn(1, 2, 70, 16)).to(dtype).requires_grad_() for _ in range(3)]
+        if backend is None:
+            monkeypatch.setattr(regions, "_forward", None)  # which is how one block of pairs would be computed
+        o = al.compile(program, backend=backend)(*leaves)
+        found.append([o, *torch.autograd.grad((o * torch.linspace(-1, 1, 16)).sum(), leaves)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
