@@ -27,6 +27,7 @@ from attnlang.runtime import dispatch, layouts
 from attnlang.runtime.bind import Binder, Bound, check_scalar, suggest
 from attnlang.runtime.call import Call
 from attnlang.runtime.op import Site, attend, register
+from attnlang.runtime.op_run import run
 from attnlang.runtime.opaque import opaque
 from attnlang.runtime.runs import run_maps
 
@@ -137,6 +138,7 @@ class Attention:
     def _enter_graphs(self) -> None:
         """Get a handle by which graphs that PyTorch captures can refer to this program."""
         self._standard = self.program.standard
+        self._results = self.program.results
         self._site = Site(self.program, self._binder, self.backend, self.layout)
         self._handle = register(self._site)
         self._tensor_names = tuple(t.name for t in self.program.tensors)
@@ -180,9 +182,8 @@ class Attention:
             return learning(
                 q, k, v, return_lse=return_lse, return_aux=return_aux, scale=scale, backend=backend, **captured
             )
-        if torch.compiler.is_compiling() and self._standard:
-            o, lse = self._captured_call(q, k, v, scale, captured)
-            made = {"o": o, "lse": lse}
+        if torch.compiler.is_compiling():
+            made = self._captured_call(q, k, v, scale, captured)
         else:
             made = self._eager_call(q, k, v, scale, backend, captured)
         return _arrange(self.program.name, made, return_lse, return_aux)
@@ -225,7 +226,7 @@ class Attention:
 
     def _captured_call(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, captured: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         """One opaque node for ``torch.compile``, which traces this function: plain Python only."""
         given = {**self._given, **captured}
         for name in (*self._tensor_names, *self._site.ints, *self._site.floats):
@@ -238,8 +239,8 @@ class Attention:
         ints = [given[name] for name in self._site.ints]
         floats = [given[name] for name in self._site.floats]
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        found: tuple[Tensor, Tensor] = attend(q, k, v, tensors, ints, floats, scale, self._handle)
-        return found
+        call = attend if self._standard else run
+        return dict(zip(self._results, call(q, k, v, tensors, ints, floats, scale, self._handle), strict=True))
 
     def _call(self, bound: Bound) -> Call:
         return self._site.bound_call(bound)

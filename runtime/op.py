@@ -21,7 +21,7 @@ from .bind import Binder, Bound
 from .call import Call
 from .runs import run_maps
 
-__all__ = ["Site", "attend", "register"]
+__all__ = ["LIBRARY", "Site", "attend", "register", "site_of"]
 
 Tensor = torch.Tensor
 
@@ -85,10 +85,15 @@ def register(site: Site) -> int:
     return handle
 
 
-_LIBRARY = torch.library.Library("attnlang", "DEF")
+def site_of(handle: int) -> Site:
+    """The site that :func:`register` gave ``handle`` for."""
+    return _sites[handle]
+
+
+LIBRARY = torch.library.Library("attnlang", "DEF")
 _ARGS = "Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] ints, float[] floats, float scale, int handle"
-_LIBRARY.define(f"attend({_ARGS}) -> (Tensor, Tensor)")
-_LIBRARY.define(
+LIBRARY.define(f"attend({_ARGS}) -> (Tensor, Tensor)")
+LIBRARY.define(
     f"attend_backward(Tensor do, Tensor dlse, Tensor o, Tensor lse, {_ARGS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor[])"
 )
@@ -104,7 +109,7 @@ def _forward(
     scale: float,
     handle: int,
 ) -> tuple[Tensor, Tensor]:
-    site = _sites[handle]
+    site = site_of(handle)
     with torch.no_grad():
         o, lse = layouts.attend(site.call((q, k, v), captured, ints, floats, scale), site.layout, site.backend)
     return o, lse
@@ -130,7 +135,7 @@ def _backward(
     handle: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    site = _sites[handle]
+    site = site_of(handle)
     call = site.call((q, k, v), captured, ints, floats, scale)
     with torch.no_grad():
         every = (True, True, True, *needs)
@@ -173,9 +178,9 @@ def _autograd_backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tupl
 
 
 for _name, _run, _fake in (("attend", _forward, _fake_forward), ("attend_backward", _backward, _fake_backward)):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnlang::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("attnlang::attend", _autograd_backward, setup_context=_setup_context, lib=_LIBRARY)
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnlang::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd("attnlang::attend", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)
 
 attend = torch.ops.attnlang.attend
 """(q, k, v, captured, ints, floats, scale, handle) to (o, lse); arguments are in the order the program declares."""

@@ -86,3 +86,32 @@ def test_missing_arguments_are_named(attention: al.Attention) -> None:
     q, k, v, doc, _ = arguments(grad=False)
     with pytest.raises(Exception, match="bias"):
         torch.compile(lambda q, k, v: attention(q, k, v, doc=doc), fullgraph=True, backend="aot_eager")(q, k, v)
+
+
+GENERAL = """
+pattern measured(rate: float[H], window: int = 30):
+    mask = 0 <= q - k < window
+    normalize = softmax(sink=rate[h])
+    output received = sum(w, over=q)
+    output entropy = sum(-(w * log(w)), over=k)
+"""
+
+
+def test_results_of_a_programs_own_in_one_graph() -> None:
+    attention = al.compile(al.parse(GENERAL))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 70, 16, requires_grad=True) for n in (4, 2, 2))
+    rate = torch.randn(4, requires_grad=True)
+
+    def layer(q, k, v, rate):
+        o, rest = attention(q * 1.5, k, v, rate=rate, window=25, return_aux=True)
+        return o.sin().sum() + rest["received"].square().sum() + rest["entropy"].sum()
+
+    want = layer(q, k, v, rate)
+    expected = torch.autograd.grad(want, (q, k, v, rate))
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v, rate)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v, rate)), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    args = (q, k, v, [rate], [25], [], 0.25, attention._handle)
+    torch.library.opcheck(torch.ops.attnlang.run.default, args)
