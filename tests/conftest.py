@@ -27,3 +27,13 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def lightly_optimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile C++ kernels in half the time. For tests whose program has a test with the usual flags as well."""
+    from attnlang.runtime import cpp_common, toolchain
+
+    flags = tuple("-O1" if f == "-O3" else f for f in toolchain.COMMON_FLAGS)
+    monkeypatch.setattr(toolchain, "COMMON_FLAGS", flags)
+    monkeypatch.setattr(cpp_common, "COMMON_FLAGS", flags)

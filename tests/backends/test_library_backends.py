@@ -53,6 +53,7 @@ def test_float32(name: str, backend: str) -> None:
     check_float32(CASES[name].instance("medium"), backend, dv=40)
 
 
+@pytest.mark.usefixtures("lightly_optimised")
 @pytest.mark.parametrize("name", RESIZABLE)
 def test_lengths(name: str) -> None:
     for length in LENGTHS:
@@ -63,12 +64,14 @@ EVERY_HEAD_DIM = [(name, HEAD_DIMS[(i + j) % 6]) for i, name in enumerate(BROAD)
 """A third of these pairs is run with every change; `make test-long` runs the rest."""
 
 
+@pytest.mark.usefixtures("lightly_optimised")
 @pytest.mark.parametrize("name, d", EVERY_HEAD_DIM[::3])
 def test_head_dims(name: str, d: int) -> None:
     check_float32(CASES[name].instance("tiny"), "cpp", d)
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("lightly_optimised")
 @pytest.mark.parametrize("name, d", [x for i, x in enumerate(EVERY_HEAD_DIM) if i % 3])
 def test_other_head_dims(name: str, d: int) -> None:
     check_float32(CASES[name].instance("tiny"), "cpp", d)
@@ -115,6 +118,7 @@ HALF = [(name, (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(
 OTHER_HALF = [(name, (torch.bfloat16, torch.float16)[(i + 1) % 2]) for i, name in enumerate(BROAD)]
 
 
+@pytest.mark.usefixtures("lightly_optimised")
 @pytest.mark.parametrize("name, dtype", [*HALF, *(pytest.param(*x, marks=pytest.mark.long) for x in OTHER_HALF)])
 def test_half_precision_loses_at_most_twice_what_dense_pytorch_loses(name: str, dtype: torch.dtype) -> None:
     instance = CASES[name].instance("medium")

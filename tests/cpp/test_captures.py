@@ -10,6 +10,8 @@ from attnlang.ir.build import b, clamp, h, k, op, param, q, s
 
 from .support import check, make_call
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 Tensor = torch.Tensor
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -20,6 +20,8 @@ from attnlang.runtime.cpp import forward
 
 from .support import diagonal, make_call
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 Tensor = torch.Tensor
 
 EDGE_INTS = {
