@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from attnlang.passes.pullback import Pullback
+import math
+
+import torch
+
+from attnlang.passes.pullback import SETTLED, Pullback
 
 from .call import Call
 from .captured_grads import Gradients
+from .cpp_backward import launch
 from .errors import Unavailable
 from .row_gradients import RowGradients
 
 __all__ = ["pull"]
+
+Tensor = torch.Tensor
 
 
 def pull(call: Call, pullback: Pullback, given: RowGradients, wanted: tuple[str, ...]) -> Gradients:
@@ -18,4 +25,14 @@ def pull(call: Call, pullback: Pullback, given: RowGradients, wanted: tuple[str,
     Raises:
         Unavailable: this backend cannot run the call here.
     """
-    raise Unavailable("not there yet")
+    if call.program.standard:
+        raise Unavailable("softmax attention has a backward kernel of its own")
+    if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
+        raise Unavailable("nothing to run")
+    shape = call.q.shape[:3]
+    inputs = {name: t.float().expand(shape).contiguous() for name, t in given.rows.items()}
+    for name in (pullback.stream.shift, SETTLED.name):
+        if name in inputs:  # where all visible scores are minus infinity, so are their distances from any number
+            inputs[name] = torch.where(inputs[name] == -math.inf, 0.0, inputs[name])
+    inputs |= {name: t.float().contiguous() for name, t in given.columns.items()}
+    return launch(call, inputs, given.do, wanted)
