@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import attnlang as al
-from attnlang.ir import Attend, Load, Program, postorder, reference
-from attnlang.runtime import cpp_pull
+from attnlang.ir import Load, Program, postorder, reference
+from attnlang.runtime import cpp_common, cpp_pull, toolchain
 
 Tensor = torch.Tensor
 
@@ -27,6 +27,13 @@ class Launches:
             return made
 
         monkeypatch.setattr(cpp_pull, "launch", launch)
+
+
+def compile_quickly(monkeypatch: Any) -> None:
+    """Compile kernels without optimisation, which takes longer than all that tests do with them."""
+    flags = tuple("-O0" if f == "-O3" else f for f in toolchain.COMMON_FLAGS)
+    monkeypatch.setattr(toolchain, "COMMON_FLAGS", flags)
+    monkeypatch.setattr(cpp_common, "COMMON_FLAGS", flags)
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,19 @@ def cotangents(made: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
 
 
 def gradients(
-    made: Mapping[str, Tensor], given: Mapping[str, Tensor], wanted: list[str], grads: Mapping[str, Tensor]
+    made: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    wanted: list[str],
+    grads: Mapping[str, Tensor],
+    again: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of the leaves ``wanted``."""
+    """Gradients of the leaves ``wanted``; with ``again`` they can be asked for again."""
     parts = torch.autograd.grad(
         [made[n] for n in grads],
         [given[n] for n in wanted],
         [g.to(made[n].dtype) for n, g in grads.items()],
         allow_unused=True,
+        retain_graph=again,
     )
     return {n: torch.zeros_like(given[n]) if g is None else g for n, g in zip(wanted, parts, strict=True)}
 
@@ -103,8 +115,3 @@ def check(problem: Problem, tolerance: float = 1e-4, what: str = "") -> dict[str
         message = lambda text, n=n: f"{what or problem.program.name} d{n}: {text}"  # noqa: E731
         torch.testing.assert_close(got[n].double(), expected, atol=tolerance * size, rtol=tolerance, msg=message)
     return got
-
-
-def one_stage(name: str, stage: Attend, tensors: Any) -> Program:
-    """``stage`` as a program."""
-    return Program(name, (stage,), (), tensors)
