@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-
-from attnlang.passes.pullback import SETTLED, Pullback
+from attnlang.passes.pullback import Pullback
 
 from .call import Call
 from .captured_grads import Gradients
@@ -15,8 +11,6 @@ from .errors import Unavailable
 from .row_gradients import RowGradients
 
 __all__ = ["pull"]
-
-Tensor = torch.Tensor
 
 
 def pull(call: Call, pullback: Pullback, given: RowGradients, wanted: tuple[str, ...]) -> Gradients:
@@ -30,9 +24,6 @@ def pull(call: Call, pullback: Pullback, given: RowGradients, wanted: tuple[str,
     if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
         raise Unavailable("nothing to run")
     shape = call.q.shape[:3]
-    inputs = {name: t.float().expand(shape).contiguous() for name, t in given.rows.items()}
-    for name in (pullback.stream.shift, SETTLED.name):
-        if name in inputs:  # where all visible scores are minus infinity, so are their distances from any number
-            inputs[name] = torch.where(inputs[name] == -math.inf, 0.0, inputs[name])
-    inputs |= {name: t.float().contiguous() for name, t in given.columns.items()}
+    inputs = {name: given.rows[name].float().expand(shape).contiguous() for name in pullback.rows(wanted)}
+    inputs |= {name: given.columns[name].float().contiguous() for name in pullback.columns(wanted)}
     return launch(call, inputs, given.do, wanted)

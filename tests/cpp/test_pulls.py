@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from attnlang.codegen.cpp_backward import emit_backward
 from attnlang.codegen.isa import COMMON_FLAGS, ISAS
 from attnlang.codegen.plan import make_plan
 from attnlang.ir import Expr, Program
-from attnlang.ir.build import TRUE, all_of, k, op, q
+from attnlang.ir.build import TRUE, all_of, k, op, q, s
 from attnlang.runtime import cpp_common
 from attnlang.runtime.toolchain import find_compiler
 from tests.passes.test_pullback import GIVEN
@@ -114,6 +116,17 @@ def test_strides_and_captured_values_that_masks_hide(name: str, launches: Launch
     assert launches.count == 2
     for n, grad in want.items():
         assert torch.equal(got[n], grad), n
+
+
+@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize("name", ["gate", "cut", "columns"])
+def test_rows_whose_scores_are_all_minus_infinity(name: str, launches: Launches) -> None:
+    found = GIVEN[name]
+    score = op("where", op("gt", op("add", q, op("mul", k, 3)), 200), s, -math.inf)
+    branch = replace(found.branch, mask=CAUSAL, score=score)
+    program = Program(name, (replace(found, branches=(branch,)),), (), TENSORS)
+    check(Problem(program, problem(name).leaves))
+    assert launches.count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
