@@ -20,7 +20,7 @@ from .cpp_printer import ELEMENTS, VECTORS, CppPrinter, comment, declaration
 from .cpp_runs import bounds_text
 from .cpp_steps import epilogue, state, step_text
 from .isa import COMMON_FLAGS, Isa
-from .plan import KernelPlan, Section
+from .plan import KernelPlan, Section, Step, SweepStep
 
 __all__ = ["ENTRY", "SPACE", "emit"]
 
@@ -113,7 +113,8 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
     plan = printer.plan
     grid = [declaration(printer, v) for v in plan.grid]
     row = [line for v in plan.row for line in (f"// {v.comment}", f"{v.name}[w] = {printer.value(v)};")]
-    later = (v for step in (*plan.steps, *plan.sweeps) for v in step.after if not isa.matrix)
+    passes: tuple[Step | SweepStep, ...] = (*plan.steps, *plan.sweeps)
+    later = (v for step in passes for v in step.after if not isa.matrix)
     addresses = {name: printer.text(getattr(plan, name), Level.GRID) for name in ("key_batch", "key_head")}
     bounds = bounds_text(printer, plan.run_bounds("k"))
     return {

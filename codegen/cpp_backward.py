@@ -84,7 +84,8 @@ class _GradText:
 
 @dataclass(frozen=True)
 class _Section:
-    """Text of the key loop of one kind of tile: ``score`` and ``dscore`` for softmax, or else ``weight`` and ``draw``."""
+    """Text of the key loop of one kind of tile: ``score`` and ``dscore`` of softmax, ``weight`` and ``draw`` of a last
+    pass with a pullback, ``sums`` of the others."""
 
     col: list[str]
     pair: list[str]
@@ -176,8 +177,8 @@ class _Printer(CppPrinter):
         """Whether ``node`` is the exponential of the score less its maximum, for which the forward pass has its own."""
         match node:
             case Op(op="exp", operands=(Op(op="sub", operands=(score, Input(name=name))),)):
-                pull = self.plan.pull
-                return pull is not None and name in (pull.stream.shift, SETTLED.name) and score is self.plan.program.score
+                pull, known = self.plan.pull, score is self.plan.program.score
+                return pull is not None and known and name in (pull.stream.shift, SETTLED.name)
         return False
 
     def offset(self, load: Load, buffer: str) -> str:
@@ -247,7 +248,8 @@ def _pulled(printer: CppPrinter, section: Section, mask: Expr | None, partial: b
     """The statements of a section of a plan with a pullback, and its mask, which leaves out lanes without a query."""
     found = _read(section, mask, *roots)
     col, pair = ([declaration(printer, v) for v in values] for values in (section.col, section.pair))
-    columns = tuple(name for name in given(printer.plan)[1] if any(isinstance(n, Input) and n.name == name for n in found))
+    read = {n.name for n in found if isinstance(n, Input)}
+    columns = tuple(name for name in given(printer.plan)[1] if name in read)
     text = "" if not partial else "exists[w]" if mask is None else f"exists[w] & {printer.text(mask, Level.PAIR)}"
     return _Section(col, pair, text, _reads_key(found), columns)
 

@@ -36,7 +36,8 @@ def has_backward_kernel(program: Program) -> bool:
 
 def programs() -> list[int]:
     """Seeds of programs that have a backward kernel."""
-    return list(itertools.islice((n for n in itertools.count(START) if has_backward_kernel(random_program(n))), PROGRAMS))
+    found = (seed for seed in itertools.count(START) if has_backward_kernel(random_program(seed)))
+    return list(itertools.islice(found, PROGRAMS))
 
 
 @pytest.mark.parametrize("seed", programs())
