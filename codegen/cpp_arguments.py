@@ -53,7 +53,9 @@ def _operand(name: str, const: str = "const void *") -> list[Field]:
 
 
 def _outputs(plan: KernelPlan) -> list[Field]:
-    """Pointers to what a forward kernel makes, or to what a backward kernel reads of it."""
+    """Pointers to what a forward kernel makes, or to what the backward kernel of softmax attention reads of it."""
+    if plan.pull is not None:
+        return []
     if plan.stream is None:
         return [Field("o", "void *", ("pointer", "o")), Field("lse", "float *", ("pointer", "lse"))]
     fields = []

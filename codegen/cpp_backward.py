@@ -1,6 +1,7 @@
 """The backward pass on the C++ target: one fused kernel for dq, dk, dv and the gradients of captured tensors.
 
-Query blocks are walked along the forward run map; weights are recomputed from the saved lse. The query blocks of a key
+Query blocks are walked along the forward run map; weights are recomputed from the saved lse, or from what a plan with a
+pullback names. The query blocks of a key
 head add to dk and dv in a fixed order, each waiting at a key until the one before is past it, so gradients are the same
 bits whatever the number of threads and need no buffer but their own. Only sums that meet in one element at pairs far
 from each other (a scatter) take turns by whole blocks, with a fixed number of buffers.
@@ -8,19 +9,20 @@ from each other (a scatter) take turns by whole blocks, with a fixed number of b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from attnlang.ir import Expr, Index, Load, postorder
+from attnlang.ir import Expr, Index, Input, Load, Op, postorder
 from attnlang.passes.levels import Level
+from attnlang.passes.pullback import DP, SETTLED
 from attnlang.passes.widths import Width
 
 from .cpp import kernel_text, loop_text, render
 from .cpp_arguments import Arguments, Field, arguments
-from .cpp_printer import CppPrinter
+from .cpp_printer import CppPrinter, declaration
 from .isa import Isa
-from .plan import CapturedGrad, KernelPlan, Section
+from .plan import CapturedGrad, KernelPlan, Section, SweepStep
 
-__all__ = ["ENTRY", "backward_arguments", "emit_backward", "private_axes"]
+__all__ = ["ENTRY", "backward_arguments", "emit_backward", "given", "private_axes"]
 
 ENTRY = "attnlang_backward"
 """Name of the exported function."""
@@ -28,11 +30,11 @@ ENTRY = "attnlang_backward"
 
 @dataclass(frozen=True)
 class _GradText:
-    """Text for one captured gradient: where it is added up and how a pair adds to it."""
+    """Text for one captured gradient: where it is added up and ``value``, what a pair adds to it."""
 
     name: str
     level: Level
-    derivative: str
+    value: str
     offset: str
     deposit: str = ""
 
@@ -53,7 +55,7 @@ class _GradText:
     @property
     def pointer(self) -> str:
         place = {
-            Level.GRID: "head * blocks + block",
+            Level.GRID: "head * query_blocks(a) + block",
             Level.ROW: "head * a.n_Lq",
             Level.COL: "head * a.n_Lk",
             Level.PAIR: " + ".join(
@@ -64,8 +66,7 @@ class _GradText:
         return f"float *{self.name} = a.{self.name} + {place[self.level]};"
 
     def update(self, masked: bool) -> str:
-        value = f"dlogit * ({self.derivative})"
-        value = f"(seen ? {value} : vfloat{{}})" if masked else value
+        value = f"(seen ? {self.value} : vfloat{{}})" if masked else self.value
         if self.is_tile:
             return f"{self.name}_tile[j * VECTORS + v] = {value};"
         if self.level is Level.PAIR:
@@ -83,14 +84,30 @@ class _GradText:
 
 @dataclass(frozen=True)
 class _Section:
-    """Text of the key loop of one kind of tile."""
+    """Text of the key loop of one kind of tile: ``score`` and ``dscore`` of softmax, ``weight`` and ``draw`` of a last
+    pass with a pullback, ``sums`` of the others."""
 
     col: list[str]
     pair: list[str]
-    score: str
     mask: str
-    dscore: str
     uses_key: bool
+    columns: tuple[str, ...] = ()
+    score: str = ""
+    dscore: str = ""
+    weight: str = ""
+    draw: str = ""
+    sums: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """Text of a pass over the keys before the last one."""
+
+    names: tuple[str, ...]
+    full: _Section
+    partial: _Section
+    uses_dp: bool
+    after: tuple[str, ...]
 
 
 def private_axes(load: Load) -> frozenset[str]:
@@ -114,12 +131,22 @@ def own_elements(load: Load) -> tuple[int, int] | None:
     return plain["q"], plain["k"]
 
 
+def given(plan: KernelPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the row inputs and of the column inputs that the kernel of ``plan`` reads, [B, H, Lq] and [B, H, Lk]."""
+    if plan.pull is None:
+        return (), ()
+    wanted = {grad.load.tensor for grad in plan.grads}
+    return plan.pull.rows(wanted), plan.pull.columns(wanted)
+
+
 def backward_arguments(plan: KernelPlan, isa: Isa) -> Arguments:
     """Return the argument record of the backward kernel: the forward record and what gradients need."""
     base = arguments(plan, isa)
-    extra = [
+    rows, columns = given(plan)
+    extra = [Field("dlse", "const float *", ("pointer", "dlse"))] if plan.pull is None else []
+    extra += [Field(f"r_{name}", "const float *", ("pointer", name)) for name in (*rows, *columns)]
+    extra += [
         Field("dout", "const void *", ("pointer", "dout")),
-        Field("dlse", "const float *", ("pointer", "dlse")),
         Field("dq", "void *", ("pointer", "dq")),
         Field("dk", "float *", ("pointer", "dk")),
         Field("dv", "float *", ("pointer", "dv")),
@@ -137,6 +164,23 @@ def backward_arguments(plan: KernelPlan, isa: Isa) -> Arguments:
 
 
 class _Printer(CppPrinter):
+    def input(self, node: Input, at: Level) -> str:
+        return self._spread(node.name, node, at) if node.axes == "bhk" else super().input(node, at)
+
+    def operation(self, node: Op, at: Level) -> str:
+        if at is Level.PAIR and self._is_shifted(node):
+            score, shift = (self.text(a, at) for a in node.args[0].args)
+            return f"weight(({score} - {shift}) * UNIT)"
+        return super().operation(node, at)
+
+    def _is_shifted(self, node: Op) -> bool:
+        """Whether ``node`` is the exponential of the score less its maximum, for which the forward pass has its own."""
+        match node:
+            case Op(op="exp", operands=(Op(op="sub", operands=(score, Input(name=name))),)):
+                pull, known = self.plan.pull, score is self.plan.program.score
+                return pull is not None and known and name in (pull.stream.shift, SETTLED.name)
+        return False
+
     def offset(self, load: Load, buffer: str) -> str:
         """Offsets of the element ``load`` reads, one a lane, in a buffer with strides of its own."""
         terms = []
@@ -169,27 +213,67 @@ def _grad(printer: _Printer, grad: CapturedGrad, number: int) -> _GradText:
         axes = own_elements(grad.load)
         offset = "" if axes else printer.offset(grad.load, name)
         deposit = printer.deposit(grad.load, name, axes) if axes else ""
-    return _GradText(name, grad.level, printer.text(grad.derivative, Level.PAIR), offset, deposit)
+    value = printer.text(grad.derivative, Level.PAIR)
+    return _GradText(name, grad.level, f"dlogit * ({value})" if printer.plan.pull is None else value, offset, deposit)
 
 
-def _section(
-    printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None, dscore: Expr | None
-) -> _Section:
-    text = loop_text(printer, section, score, mask)
-    dtext = "dlogit" if dscore is None else f"dlogit * ({printer.text(dscore, Level.PAIR)})"
-    roots = [v.expr for v in (*section.col, *section.pair)] + [e for e in (score, mask, dscore) if e is not None]
-    uses_key = any(isinstance(n, Index) and n.axis == "k" for n in postorder(*roots))
-    return _Section(text.col, text.pair, text.score, text.mask, dtext, uses_key)
+def _read(section: Section, *roots: Expr | None) -> set[Expr]:
+    """Every expression that the statements of a section and ``roots`` contain."""
+    return set(postorder(*(v.expr for v in (*section.col, *section.pair)), *(e for e in roots if e is not None)))
+
+
+def _reads_key(found: set[Expr]) -> bool:
+    return any(isinstance(n, Index) and n.axis == "k" for n in found)
+
+
+def _section(printer: CppPrinter, partial: bool) -> _Section:
+    """Text of the last pass over the keys, for tiles with hidden pairs or without."""
+    plan = printer.plan
+    section, mask = (plan.partial, plan.mask) if partial else (plan.full, None)
+    added = tuple(e for grad in plan.grads for e in (grad.derivative, *grad.load.indices))
+    if plan.pull is not None:
+        weight, draw = plan.pull.weight, plan.pull.draw
+        return replace(
+            _pulled(printer, section, mask, partial, weight, draw, *added),
+            weight="" if weight is None else printer.text(weight, Level.PAIR),
+            draw=printer.text(draw, Level.PAIR),
+        )
+    text = loop_text(printer, section, plan.score, mask)
+    dtext = "dlogit" if plan.dscore is None else f"dlogit * ({printer.text(plan.dscore, Level.PAIR)})"
+    uses_key = _reads_key(_read(section, plan.score, mask, plan.dscore, *added))
+    return _Section(text.col, text.pair, text.mask, uses_key, score=text.score, dscore=dtext)
+
+
+def _pulled(printer: CppPrinter, section: Section, mask: Expr | None, partial: bool, *roots: Expr | None) -> _Section:
+    """The statements of a section of a plan with a pullback, and its mask, which leaves out lanes without a query."""
+    found = _read(section, mask, *roots)
+    col, pair = ([declaration(printer, v) for v in values] for values in (section.col, section.pair))
+    read = {n.name for n in found if isinstance(n, Input)}
+    columns = tuple(name for name in given(printer.plan)[1] if name in read)
+    text = "" if not partial else "exists[w]" if mask is None else f"exists[w] & {printer.text(mask, Level.PAIR)}"
+    return _Section(col, pair, text, _reads_key(found), columns)
+
+
+def _sweep(printer: CppPrinter, step: SweepStep) -> _Sweep:
+    roots = tuple(value for _, value in step.sums)
+    sums = tuple((name.name, printer.text(value, Level.PAIR)) for name, value in step.sums)
+    full, partial = (
+        replace(_pulled(printer, section, mask, hides, *roots), sums=sums)
+        for section, mask, hides in ((step.full, None, False), (step.partial, printer.plan.mask, True))
+    )
+    after = tuple(f"{v.name}[w] = {printer.value(v)};  // {printer.source(v.expr)}" for v in step.after)
+    return _Sweep(tuple(name for name, _ in sums), full, partial, DP in set(postorder(*roots)), after)
 
 
 def emit_backward(plan: KernelPlan, isa: Isa) -> str:
     """Return the C++ source of the backward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
     printer = _Printer(plan)
-    full = _section(printer, plan.full, plan.score, None, plan.dscore)
-    partial = _section(printer, plan.partial, plan.score, plan.mask, plan.dscore)
+    full, partial = _section(printer, partial=False), _section(printer, partial=True)
+    sweeps = [_sweep(printer, step) for step in plan.sweeps]
     grads = [_grad(printer, g, i) for i, g in enumerate(plan.grads)]
     record = backward_arguments(plan, isa)
     sizes = [line for line in record.locals if " n_" in line]
+    rows, columns = given(plan)
     text = kernel_text(printer, isa)
     return render(
         "cpp_backward.j2",
@@ -200,6 +284,11 @@ def emit_backward(plan: KernelPlan, isa: Isa) -> str:
         partial=partial,
         grads=grads,
         scatters=any(g.level is Level.PAIR for g in grads),
+        softmax=plan.pull is None,
+        has_values=plan.pull is None or plan.pull.weight is not None,
+        given_rows=rows,
+        given_columns=columns,
+        sweeps=sweeps,
         sums="",  # what blocks of the forward pass hold
         held=(),
         entry=ENTRY,

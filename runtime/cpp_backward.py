@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from .cpp import select_isa
 from .cpp_common import KernelCache, Loaded, plan_of, schedule_of
 from .errors import Unavailable
 
-__all__ = ["Gradients", "backward"]
+__all__ = ["Gradients", "backward", "launch"]
 
 Tensor = torch.Tensor
 
@@ -55,6 +55,20 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
         raise Unavailable("the C++ backward pass takes the default key address only")
     if call.q.numel() == 0 or call.k.numel() == 0 or call.v.numel() == 0:
         raise Unavailable("nothing to run")
+    rows = {"o": o.contiguous(), "lse": lse.contiguous()}
+    rows["dlse"] = _zeros(lse.shape) if dlse is None else dlse.float().contiguous()
+    return launch(call, rows, do, wanted)
+
+
+def launch(call: Call, inputs: Mapping[str, Tensor], do: Tensor | None, wanted: tuple[str, ...]) -> Gradients:
+    """Run the backward kernel of a call that is not empty.
+
+    ``inputs`` is what the kernel reads beside q, k, v and ``do`` [B, H, Lq, Dv], contiguous float32 (o in the dtype of
+    q) by the names its record has for them. A plan that sums no rows reads no ``do``, and its gradient of v is 0.
+
+    Raises:
+        Unavailable: this backend cannot run the call here.
+    """
     isa = select_isa(call.q.shape[2], call.key_tile)
     kernel = _kernels.get(call, isa, wanted)
     (batch, heads, lq, dim), (kv_batch, kv_heads, lk, _) = call.q.shape, call.k.shape
@@ -62,14 +76,13 @@ def backward(call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
     places = kv_batch * kv_heads
     shares = max(1, min(blocks, SHARES // places))
     pad = lambda n: -(-n // isa.lanes) * isa.lanes  # noqa: E731
+    shape = (batch, heads, lq, call.v.shape[3])
     tensors = {
         "q": call.q,
         "k": call.k,
         "v": call.v,
-        "o": o.contiguous(),
-        "lse": lse.contiguous(),
-        "dout": do.to(call.q.dtype).contiguous(),
-        "dlse": _zeros(lse.shape) if dlse is None else dlse.float().contiguous(),
+        **inputs,
+        "dout": torch.zeros(shape, dtype=call.q.dtype) if do is None else do.to(call.q.dtype).contiguous(),
         "dq": torch.empty((batch, heads, lq, dim), dtype=call.q.dtype),
         "dk": _zeros((kv_batch, kv_heads, lk, pad(dim))),
         "dv": _zeros((kv_batch, kv_heads, lk, pad(call.v.shape[3]))),
