@@ -235,7 +235,7 @@ class _Attend(torch.autograd.Function):
             found = iter(parts)
             return (None, None, *(next(found) if needs[n] else None for n in ctx.names))
         known = dict(zip(outs, finals, strict=False))
-        if work.kernel is not None and len(finals) > len(outs):
+        if work.kernel is not None and len(finals) == len(outs) + len(work.kernel.saved):
             held = dict(zip(work.kernel.saved, finals[len(outs) :], strict=True))
             fast = work.kernel.gradients(work, held, known, given, [n for n in ctx.names if needs[n]])
             if fast is not None:
