@@ -6,17 +6,17 @@ from typing import Any
 
 from .offline import POINTERS, Compiler, Job, Resources, first_that_fits
 from .plan import KernelPlan
-from .triton_backward import emit_keys, emit_queries
-from .triton_backward_arguments import QUERIES, backward_arguments, kernel_name
+from .triton_backward_arguments import kernel_name
 from .triton_backward_tiles import candidates
 from .triton_common import Config
+from .triton_pull import arguments_of, emit_backward
 
 __all__ = ["compile_backward", "signature"]
 
 
 def signature(plan: KernelPlan, kernel: str) -> dict[str, Any]:
     """Return types and divisibility of a backward kernel's parameters for contiguous tensors of ordinary shapes."""
-    names = backward_arguments(plan, kernel)
+    names = arguments_of(plan, kernel)
     types: dict[str, str] = {}
     divisible: list[str] = []
     for name in names.kernel:
@@ -39,9 +39,8 @@ def compile_backward(plan: KernelPlan, kernel: str, target: str, compiler: Compi
         CompilerFailed: a tile does not compile, or none fits the shared memory of the target.
     """
     title, types = f"{plan.program.name} backward over {kernel}", signature(plan, kernel)
-    emit = emit_queries if kernel == QUERIES else emit_keys
 
     def job(config: Config) -> Job:
-        return Job(title, emit(plan, config), kernel_name(kernel), config, types)
+        return Job(title, emit_backward(plan, config, kernel), kernel_name(kernel), config, types)
 
     return first_that_fits(title, candidates(plan, kernel, target), job, target, compiler)

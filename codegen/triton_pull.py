@@ -45,10 +45,12 @@ class _Printer(PairPrinter):
 
 @dataclass(frozen=True)
 class _Tile:
-    """Text of one kind of tile; ``outer`` and ``inner`` are the statements of either vector axis."""
+    """Text of one kind of tile; ``outer`` and ``inner`` are the statements of either vector axis, ``early`` those of
+    pairs that the mask and the weight of dv need, ``pair`` the others."""
 
     outer: list[Line]
     inner: list[Line]
+    early: list[Line]
     pair: list[Line]
     mask: str
     reads_outer: bool
@@ -72,10 +74,15 @@ def _needed(values: Iterable[Value], roots: Iterable[Expr]) -> tuple[Value, ...]
     return tuple(v for v in values if v.expr in found)
 
 
-def _tile(printer: _Printer, section: Section, roots: tuple[Expr, ...], mask: Expr | None) -> _Tile:
+def _tile(
+    printer: _Printer, section: Section, roots: tuple[Expr, ...], mask: Expr | None, first: tuple[Expr, ...] = ()
+) -> _Tile:
     printer.used.clear()
-    within = (*roots, *(() if mask is None else (mask,)))
-    row, col, pair = (lines(printer, _needed(part, within)) for part in (section.row, section.col, section.pair))
+    first = (*first, *(() if mask is None else (mask,)))
+    row, col = (lines(printer, _needed(part, (*roots, *first))) for part in (section.row, section.col))
+    early = _needed(section.pair, first)
+    pair = (v for v in _needed(section.pair, roots) if v not in early)
+    before, after = lines(printer, early), lines(printer, pair)
     for root in roots:
         printer.text(root, Level.PAIR)
     for grad in printer.plan.grads:
@@ -85,7 +92,7 @@ def _tile(printer: _Printer, section: Section, roots: tuple[Expr, ...], mask: Ex
     outer, inner = (col, row) if printer.flipped else (row, col)
     reads = ["q_idx" in printer.used, "k_idx" in printer.used]
     reads_outer, reads_inner = reversed(reads) if printer.flipped else reads
-    return _Tile(outer, inner, pair, hidden, reads_outer, reads_inner, "k_distance" in printer.used)
+    return _Tile(outer, inner, before, after, hidden, reads_outer, reads_inner, "k_distance" in printer.used)
 
 
 def _sweeps(printer: _Printer, plan: KernelPlan, all_roots: tuple[Expr, ...]) -> list[_Pass]:
@@ -105,9 +112,11 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
     roots = last_pass(plan, kernel)
     mask = () if plan.mask is None else (plan.mask,)
     every = (*roots, *mask, *(e for sweep in plan.sweeps for _, e in sweep.sums))
-    last = _Pass(
-        _tile(printer, plan.full, roots, None), _tile(printer, plan.partial, roots, plan.mask), reads_of(roots), [], []
+    first = (pull.weight,) if kernel == KEYS and pull.weight is not None else ()
+    full, partial = (
+        _tile(printer, part, roots, hidden, first) for part, hidden in ((plan.full, None), (plan.partial, plan.mask))
     )
+    last = _Pass(full, partial, reads_of(roots), [], [])
     sweeps = _sweeps(printer, plan, every) if kernel == QUERIES else []
     tiles = [tile for found in (*sweeps, last) for tile in (found.full, found.partial)]
     grads = grad_texts(printer, plan, kernel)
