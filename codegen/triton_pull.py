@@ -24,13 +24,24 @@ from .triton_helpers import helper_sources
 from .triton_pull_arguments import Reads, kernel_reads, last_pass, pull_arguments, reads_of, swept
 from .triton_runs import bounds_text
 
-__all__ = ["arguments_of", "emit_backward", "emit_pull"]
+__all__ = [
+    "PRODUCT",
+    "PassText",
+    "PullPrinter",
+    "SumText",
+    "TileText",
+    "arguments_of",
+    "emit_backward",
+    "emit_pull",
+    "sum_text",
+    "tile_text",
+]
 
 PRODUCT = "dot_"
 """The product of the value row and the gradient of the output's row; no name of a program ends in one underscore."""
 
 
-class _Printer(PairPrinter):
+class PullPrinter(PairPrinter):
     """Row and column inputs have an underscore at the end, which no name of a program has here."""
 
     def input(self, node: Input, at: Level) -> str:
@@ -44,7 +55,7 @@ class _Printer(PairPrinter):
 
 
 @dataclass(frozen=True)
-class _Tile:
+class TileText:
     """Text of one kind of tile; ``outer`` and ``inner`` are the statements of either vector axis, ``early`` those of
     pairs that the mask and the weight of dv need, ``pair`` the others."""
 
@@ -59,14 +70,42 @@ class _Tile:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class PassText:
     """Text of one pass: sums by the row input they are added to, in the last pass none; then row statements."""
 
-    full: _Tile
-    partial: _Tile
+    full: TileText
+    partial: TileText
     reads: Reads
     sums: list[tuple[str, str]]
     after: list[Line]
+
+
+@dataclass(frozen=True)
+class SumText:
+    """Text of a sum, maximum or minimum over the inner axis: statements for either kind of tile, and what is stored."""
+
+    name: str
+    start: str
+    full: str
+    bounded: str
+    stores: list[tuple[str, str]]
+    comment: str
+
+
+_IDENTITY = {"sum": "0.0", "max": '-float("inf")', "min": 'float("inf")'}
+
+
+def sum_text(name: str, value: str, stores: list[tuple[str, str]], comment: str, monoid: str = "sum") -> SumText:
+    """Return the text of the ``monoid`` of ``value`` over the queries; ``stores`` are pointers and what goes there."""
+    identity = _IDENTITY[monoid]
+    start = "tl.zeros([BLOCK_N], tl.float32)" if monoid == "sum" else f"tl.full([BLOCK_N], {identity}, tl.float32)"
+
+    def taken(text: str) -> str:
+        if monoid == "sum":
+            return f"{name} += tl.sum({text}, 1)"
+        return f"{name} = tl.{monoid}imum({name}, tl.{monoid}({text}, 1))"
+
+    return SumText(name, start, taken(value), taken(f"tl.where(seen, {value}, {identity})"), stores, comment)
 
 
 def _needed(values: Iterable[Value], roots: Iterable[Expr]) -> tuple[Value, ...]:
@@ -74,9 +113,9 @@ def _needed(values: Iterable[Value], roots: Iterable[Expr]) -> tuple[Value, ...]
     return tuple(v for v in values if v.expr in found)
 
 
-def _tile(
-    printer: _Printer, section: Section, roots: tuple[Expr, ...], mask: Expr | None, first: tuple[Expr, ...] = ()
-) -> _Tile:
+def tile_text(
+    printer: PullPrinter, section: Section, roots: tuple[Expr, ...], mask: Expr | None, first: tuple[Expr, ...] = ()
+) -> TileText:
     printer.used.clear()
     first = (*first, *(() if mask is None else (mask,)))
     row, col = (lines(printer, _needed(part, (*roots, *first))) for part in (section.row, section.col))
@@ -92,31 +131,32 @@ def _tile(
     outer, inner = (col, row) if printer.flipped else (row, col)
     reads = ["q_idx" in printer.used, "k_idx" in printer.used]
     reads_outer, reads_inner = reversed(reads) if printer.flipped else reads
-    return _Tile(outer, inner, before, after, hidden, reads_outer, reads_inner, "k_distance" in printer.used)
+    return TileText(outer, inner, before, after, hidden, reads_outer, reads_inner, "k_distance" in printer.used)
 
 
-def _sweeps(printer: _Printer, plan: KernelPlan, all_roots: tuple[Expr, ...]) -> list[_Pass]:
+def _sweeps(printer: PullPrinter, plan: KernelPlan, all_roots: tuple[Expr, ...]) -> list[PassText]:
     found = []
     for sweep in plan.sweeps:
         roots = tuple(e for _, e in sweep.sums)
-        full, partial = _tile(printer, sweep.full, roots, None), _tile(printer, sweep.partial, roots, plan.mask)
+        full, partial = tile_text(printer, sweep.full, roots, None), tile_text(printer, sweep.partial, roots, plan.mask)
         sums = [(f"{name.name}_", printer.tile(e)) for name, e in sweep.sums]
-        found.append(_Pass(full, partial, reads_of(roots), sums, lines(printer, _needed(sweep.after, all_roots))))
+        found.append(PassText(full, partial, reads_of(roots), sums, lines(printer, _needed(sweep.after, all_roots))))
     return found
 
 
 def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -> dict[str, Any]:
     pull = plan.pull
     assert pull is not None
-    printer = _Printer(plan, interpreted=interpreted, flipped=kernel == KEYS)
+    printer = PullPrinter(plan, interpreted=interpreted, flipped=kernel == KEYS)
     roots = last_pass(plan, kernel)
     mask = () if plan.mask is None else (plan.mask,)
     every = (*roots, *mask, *(e for sweep in plan.sweeps for _, e in sweep.sums))
     first = (pull.weight,) if kernel == KEYS and pull.weight is not None else ()
     full, partial = (
-        _tile(printer, part, roots, hidden, first) for part, hidden in ((plan.full, None), (plan.partial, plan.mask))
+        tile_text(printer, part, roots, hidden, first)
+        for part, hidden in ((plan.full, None), (plan.partial, plan.mask))
     )
-    last = _Pass(full, partial, reads_of(roots), [], [])
+    last = PassText(full, partial, reads_of(roots), [], [])
     sweeps = _sweeps(printer, plan, every) if kernel == QUERIES else []
     tiles = [tile for found in (*sweeps, last) for tile in (found.full, found.partial)]
     grads = grad_texts(printer, plan, kernel)
@@ -134,6 +174,8 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
         "swept": swept(plan),
         "product": PRODUCT,
         "grads": grads,
+        "sums": [sum_text(f"{g.name}_sum", g.value, [(f"{g.name}_ptr", f"{g.name}_sum")], g.comment) for g in grads],
+        "filled": [g.name for g in grads],
         "diagonal": [g for g in grads if g.kind in ("difference", "sum")],
         "scattered": [g for g in grads if not g.summed],
         "bounds": bounds_text(printer, plan.run_bounds(LOOP[kernel])),

@@ -35,6 +35,7 @@ from .streaming import Accumulator, Made, Streaming, Unstreamable, accumulated, 
 __all__ = [
     "DP",
     "FACTOR",
+    "LOGIT",
     "SETTLED",
     "Pullback",
     "Sweep",
