@@ -66,7 +66,7 @@ def gradients(program: Program, given: dict[str, Tensor], dtype: torch.dtype) ->
     outs = {n: t for n, t in results(program, at).items() if t.is_floating_point()}
     generator = torch.Generator().manual_seed(1)
     parts = []
-    for t in outs.values():
+    for _, t in sorted(outs.items()):
         weights = torch.randn(t.shape, generator=generator, dtype=torch.float64)
         parts.append((t.double().nan_to_num(neginf=0.0) * weights).sum())
     found = torch.autograd.grad(torch.stack(parts).sum(), list(at.values()), allow_unused=True)
