@@ -11,7 +11,6 @@ from streaming_cases import CASES, TENSORS, masked
 import attnlang as al
 from attnlang.ir import FLOAT, INT, Attend, Expr, Load, Program, ScalarParam, Size, TensorParam, reference
 from attnlang.ir.build import TRUE, all_of, k, op, param, q, s
-from attnlang.runtime import compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -21,21 +20,6 @@ GIVEN = {n: c for n, c in CASES.items() if n not in ("softmax", "peak", "column_
 GIVEN["temperature"] = replace(CASES["temperature"], outputs=CASES["temperature"].outputs[:1])
 HOLES = all_of(op("ge", op("add", q, 9), k), op("ge", q, 3), op("ne", op("mod", k, 7), 2))
 """Rows without keys, and tiles of every kind."""
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every backward pass so far, whether kernels made the gradients."""
-    found: list[bool] = []
-    original = compiled.StageKernel.gradients
-
-    def gradients(self, *args):
-        result = original(self, *args)
-        found.append(result is not None)
-        return result
-
-    monkeypatch.setattr(compiled.StageKernel, "gradients", gradients)
-    return found
 
 
 def leaves(heads: tuple[int, int], lengths: tuple[int, int], dims: tuple[int, int], batch: int = 1):
