@@ -70,7 +70,7 @@ def row_gradients(
         "h": torch.arange(heads, device=device)[:, None],
         "q": torch.arange(lq, device=device),
     }
-    rows: dict[str, Tensor] = dict(held)
+    rows = dict(safe)  # and not what is held: pairs of a row whose scores are all minus infinity come to 0, not to NaN
     base = replace(env, indices=axes, inputs=safe)
     settled: dict[Expr, Expr] = settled_of(stream)
     if settled:

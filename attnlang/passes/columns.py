@@ -34,7 +34,7 @@ def column_values(stream: Streaming, score: Expr) -> tuple[tuple[Accumulator, Ex
             final = stream.settled or accumulated(stream.shift)
             names[SHIFTED] = op("exp", op("sub", LOGIT, final))
         value = substitute(substitute(a.value, names), {LOGIT: score})
-        if not a.vanishes and score is not RAW_SCORE:
-            value = op("where", op("gt", score, float("-inf")), value, a.identity)
+        if score is not RAW_SCORE:  # in a row where all scores are minus infinity, so is what they are relative to
+            value = op("where", op("ne", score, float("-inf")), value, a.identity)
         found.append((a, simplify(value)))
     return tuple(found)
