@@ -1,22 +1,24 @@
-"""Compile the backward kernels of a plan for a GPU that is not here (see :mod:`attnlang.codegen.offline`)."""
+"""Compile the kernels of gradients and of sums over queries for a GPU that is not here (see :mod:`.offline`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from attnlang.passes.streaming import streaming
+
 from .offline import POINTERS, Compiler, Job, Resources, first_that_fits
 from .plan import KernelPlan
-from .triton_backward import emit_keys, emit_queries
-from .triton_backward_arguments import QUERIES, backward_arguments, kernel_name
+from .triton_backward_arguments import KEYS, BackwardArguments, kernel_name
 from .triton_backward_tiles import candidates
+from .triton_columns import KERNEL_NAME, column_arguments, column_outputs, emit_columns
 from .triton_common import Config
+from .triton_pull import arguments_of, emit_backward
 
-__all__ = ["compile_backward", "signature"]
+__all__ = ["compile_backward", "compile_columns", "signature"]
 
 
-def signature(plan: KernelPlan, kernel: str) -> dict[str, Any]:
-    """Return types and divisibility of a backward kernel's parameters for contiguous tensors of ordinary shapes."""
-    names = backward_arguments(plan, kernel)
+def signature(names: BackwardArguments) -> dict[str, Any]:
+    """Return types and divisibility of a kernel's parameters for contiguous tensors of ordinary shapes."""
     types: dict[str, str] = {}
     divisible: list[str] = []
     for name in names.kernel:
@@ -38,10 +40,20 @@ def compile_backward(plan: KernelPlan, kernel: str, target: str, compiler: Compi
     Raises:
         CompilerFailed: a tile does not compile, or none fits the shared memory of the target.
     """
-    title, types = f"{plan.program.name} backward over {kernel}", signature(plan, kernel)
-    emit = emit_queries if kernel == QUERIES else emit_keys
+    title, types = f"{plan.program.name} backward over {kernel}", signature(arguments_of(plan, kernel))
 
     def job(config: Config) -> Job:
-        return Job(title, emit(plan, config), kernel_name(kernel), config, types)
+        return Job(title, emit_backward(plan, config, kernel), kernel_name(kernel), config, types)
 
     return first_that_fits(title, candidates(plan, kernel, target), job, target, compiler)
+
+
+def compile_columns(plan: KernelPlan, target: str, compiler: Compiler) -> Resources:
+    """Compile the kernel of the sums over queries of a plan for them, as :func:`compile_backward` does."""
+    title, outs = f"{plan.program.name} over queries", column_outputs(streaming(plan.program.attend))
+    types = signature(column_arguments(plan, outs))
+
+    def job(config: Config) -> Job:
+        return Job(title, emit_columns(plan, config, outs), KERNEL_NAME, config, types)
+
+    return first_that_fits(title, candidates(plan, KEYS, target), job, target, compiler)

@@ -29,6 +29,7 @@ from attnlang.ir import (
 )
 from attnlang.ir.build import TRUE
 from attnlang.ir.build import s as RAW_SCORE
+from attnlang.passes.columns import column_values
 from attnlang.passes.derivatives import derivatives
 from attnlang.passes.intervals import value_range
 from attnlang.passes.levels import Level, levels
@@ -142,6 +143,8 @@ class KernelPlan:
     one (None where it is 1). Any other has ``pull``, whose expressions say all there is about a pair, and ``sweeps``,
     the passes before the last; ``score`` is then None. Both have ``grads``, one entry for each load of a captured
     tensor that needs a gradient.
+
+    A plan of the sums over queries has in ``columns`` what a pair brings to each; the rows are known by then.
     """
 
     program: Program
@@ -166,6 +169,7 @@ class KernelPlan:
     steps: tuple[Step, ...] = ()
     pull: Pullback | None = None
     sweeps: tuple[SweepStep, ...] = ()
+    columns: tuple[tuple[Accumulator, Expr], ...] = ()
     direction: str = "forward"
     wide: bool = False
     outer: str = "q"
@@ -298,6 +302,7 @@ def make_plan(
     wide: bool = False,
     backward: bool = False,
     saves: bool = False,
+    columns: bool = False,
     captured_grads: Iterable[str] = (),
     closed: Iterable[str] = (),
 ) -> KernelPlan:
@@ -306,7 +311,8 @@ def make_plan(
     ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
     ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
     float tensors a backward pass must give gradients for; with ``saves`` a forward pass also gives what a backward pass
-    that is not softmax attention's starts from. ``closed`` names the loop axes along which kernels compute
+    that is not softmax attention's starts from. ``columns`` asks instead for the sums over queries alone, by a kernel
+    with keys outside that starts from the same. ``closed`` names the loop axes along which kernels compute
     their run bounds where the mask has a closed form; whoever launches them checks that it holds.
 
     Raises:
@@ -318,7 +324,12 @@ def make_plan(
     addresses = (term.right.address.batch, simplify(term.right.address.head))
     pull = pullback(program.attend) if backward and not program.standard else None
     dscore = derivatives(score, (RAW_SCORE,))[RAW_SCORE] if backward and pull is None else None
-    if pull is None:
+    sums = column_values(streaming(program.attend), score) if columns else ()
+    grads: tuple[CapturedGrad, ...] = ()
+    score_roots: tuple[Expr, ...] = tuple(value for _, value in sums)
+    if sums:
+        score = RAW_SCORE
+    elif pull is None:
         grads = _captured_grads(program, captured_grads) if backward else ()
         score_roots = (score, *((dscore,) if dscore is not None else ()), *(g.derivative for g in grads))
     else:
@@ -328,7 +339,7 @@ def make_plan(
     score_roots += tuple(i for g in grads if g.level is Level.PAIR for i in g.load.indices)
     swept = () if pull is None else tuple(e for sweep in pull.sweeps for _, e in sweep.sums)
     hooks = (*score_roots, *swept, mask)
-    stream = None if backward else streaming(program.attend)
+    stream = None if backward or columns else streaming(program.attend)
     if stream is not None and saves:
         stream = saving(stream)
     made = () if stream is None else (*_pair_roots(stream), *_row_roots(stream))
@@ -362,7 +373,7 @@ def make_plan(
 
     def section(of: tuple[Expr, ...]) -> Section:
         col, pair = (values(x, of) for x in (Level.COL, Level.PAIR))
-        return Section(col, pair, values(Level.ROW, of, None if pull is not None else 0))
+        return Section(col, pair, values(Level.ROW, of, 0 if pull is None else None))
 
     def sweep(number: int, found: Sweep) -> SweepStep:
         of = tuple(e for _, e in found.sums)
@@ -395,7 +406,8 @@ def make_plan(
         steps=() if stream is None else tuple(step(i, found) for i, found in enumerate(stream.passes)),
         pull=pull,
         sweeps=() if pull is None else tuple(sweep(i, found) for i, found in enumerate(pull.sweeps)),
-        direction="backward" if backward else "saving" if saves else "forward",
+        columns=sums,
+        direction="backward" if backward else "columns" if columns else "saving" if saves else "forward",
         wide=wide,
         names=names,
         node_levels=level_of,

@@ -33,10 +33,10 @@ from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, safe_name
 from .triton_runs import bounds_text
 
-__all__ = ["KEYS", "QUERIES", "emit_keys", "emit_queries"]
+__all__ = ["KEYS", "QUERIES", "GradText", "PairPrinter", "emit_keys", "emit_queries", "grad_texts", "split"]
 
 
-class _Printer(TritonPrinter):
+class PairPrinter(TritonPrinter):
     """Pairs are [queries, keys], or [keys, queries] where ``flipped``."""
 
     def __init__(self, plan: KernelPlan, *, interpreted: bool, flipped: bool) -> None:
@@ -67,6 +67,13 @@ class _Printer(TritonPrinter):
             return text
         return text.replace("[:, None]", "[?]").replace("[None, :]", "[:, None]").replace("[?]", "[None, :]")
 
+    def tile(self, expr: Expr) -> str:
+        """Print ``expr`` as a tile of pairs, also where it depends on less."""
+        text = self.text(expr, Level.PAIR)
+        if self.plan.level(expr) is Level.PAIR:
+            return text
+        return f"{text} + tl.zeros([{'BLOCK_N, BLOCK_M' if self.flipped else 'BLOCK_M, BLOCK_N'}], tl.float32)"
+
     def offsets(self, load: Load, buffer: str) -> list[str]:
         """Offsets of the elements ``load`` reads in a buffer with strides of its own, one term a dimension."""
         terms = []
@@ -78,7 +85,7 @@ class _Printer(TritonPrinter):
 
 
 @dataclass(frozen=True)
-class _Grad:
+class GradText:
     """Text for one captured gradient: ``kind`` is row, grid, col, store, difference, sum, fixed or atomic."""
 
     name: str
@@ -112,12 +119,10 @@ def _times(first: str, factor: str) -> str:
     return first if factor == "1.0" else f"{first} * ({factor})"
 
 
-def _loop(printer: _Printer, section: Section, plan: KernelPlan, mask: Expr | None) -> _Loop:
+def _loop(printer: PairPrinter, section: Section, plan: KernelPlan, mask: Expr | None) -> _Loop:
     printer.used.clear()
     row, col, pair = (lines(printer, part) for part in (section.row, section.col, section.pair))
-    score = "" if plan.score is None else printer.text(plan.score, Level.PAIR)
-    if plan.score is not None and plan.level(plan.score) is not Level.PAIR:
-        score += f" + tl.zeros([{'BLOCK_N, BLOCK_M' if printer.flipped else 'BLOCK_M, BLOCK_N'}], tl.float32)"
+    score = "" if plan.score is None else printer.tile(plan.score)
     dscore = "dlogit" if plan.dscore is None else f"dlogit * ({printer.text(plan.dscore, Level.PAIR)})"
     hidden = "" if mask is None else mask_text(printer, mask)
     for grad in plan.grads:
@@ -131,22 +136,24 @@ def _loop(printer: _Printer, section: Section, plan: KernelPlan, mask: Expr | No
     return _Loop(outer, inner, pair, score, dscore, hidden, reads_outer, reads_inner, distance)
 
 
-def _grads(printer: _Printer, plan: KernelPlan, kernel: str) -> list[_Grad]:
+def grad_texts(printer: PairPrinter, plan: KernelPlan, kernel: str, factor: str = "") -> list[GradText]:
+    """Print what every pair gives to the captured gradients of ``kernel``, times ``factor``."""
     out = []
     for i, grad in enumerate(plan.grads):
         if belongs(grad, kernel):
             kind = kind_of(grad)
             offsets = printer.offsets(grad.load, f"grad{i}") if kind in SCATTERED else []
-            value = _times("dlogit", printer.text(grad.derivative, Level.PAIR))
-            out.append(_Grad(f"grad{i}", kind, value, offsets, comment(str(grad.load.tensor))))
+            each = grad.derivative
+            value = _times(factor, printer.text(each, Level.PAIR)) if factor else printer.tile(each)
+            out.append(GradText(f"grad{i}", kind, value, offsets, comment(str(grad.load.tensor))))
     return out
 
 
 def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -> dict[str, Any]:
-    printer = _Printer(plan, interpreted=interpreted, flipped=kernel == KEYS)
+    printer = PairPrinter(plan, interpreted=interpreted, flipped=kernel == KEYS)
     full = _loop(printer, plan.full, plan, None)
     partial = _loop(printer, plan.partial, plan, plan.mask)
-    grads = _grads(printer, plan, kernel)
+    grads = grad_texts(printer, plan, kernel, "dlogit")
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
         "kernel_name": kernel_name(kernel),
         "title": comment(f"Attention backward over {kernel} for the program {plan.program.name}"),
@@ -163,7 +170,7 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
     return context
 
 
-def _split(line: str) -> str:
+def split(line: str) -> str:
     """Give every argument of a long assigned call a line of its own."""
     match = re.fullmatch(r"( *)([\w, ]+ = [\w.]+\()(.*)\)\n", line)
     if len(line) <= LINE + 1 or match is None:
@@ -182,7 +189,7 @@ def _split(line: str) -> str:
 def _emit(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -> str:
     context = _context(plan, config, kernel, interpreted)
     text = str(template(f"triton_backward_{kernel}.j2").render(c=context, **context))
-    return "".join(_split(wrapped(line)) for line in text.splitlines(keepends=True))
+    return "".join(split(wrapped(line)) for line in text.splitlines(keepends=True))
 
 
 def emit_queries(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from attnlang.ir import FLOAT
@@ -20,6 +21,7 @@ __all__ = [
     "QUERIES",
     "SCATTERED",
     "BackwardArguments",
+    "Parameters",
     "backward_arguments",
     "belongs",
     "has_diagonals",
@@ -96,7 +98,7 @@ def kernel_name(kernel: str) -> str:
     return f"attention_backward_{kernel}"
 
 
-class _Parameters:
+class Parameters:
     """Collects the parameters of a kernel in order."""
 
     def __init__(self) -> None:
@@ -148,6 +150,42 @@ class _Parameters:
         for d in range(rank):
             self.add(f"{name}_stride{d}", f"{name}.stride({d + 2})", loose=True)
 
+    def numbers(self, names: Iterable[str]) -> None:
+        """Add float32 vectors of a number for each row or key, by names that no name of a program can be."""
+        for name in names:
+            self.host.append(f"{name}_")
+            self.add(f"{name}_ptr_", f"{name}_", "float32")
+
+    def rest(self, plan: KernelPlan, kernel: str) -> None:
+        """Add what follows the tensors of either kind of backward plan."""
+        self.host.append("scale")
+        self.add("scale", type="float", loose=True)
+        for tensor in plan.tensors:
+            self.captured(tensor)
+        for param in plan.scalars:
+            name = rename(safe_name(param.name))
+            self.host.append(name)
+            self.add(name, type="float" if param.type is FLOAT else "", loose=True)
+        for size in dict.fromkeys(("H", "Hkv", "Lq", "Lk", *plan.sizes)):
+            name = rename(safe_name(size))
+            self.host += [] if size in KNOWN_SIZES else [name]
+            self.add(name, KNOWN_SIZES.get(size, name), loose=True)
+        for i, grad in enumerate(plan.grads):
+            if belongs(grad, kernel):
+                self.gradient(f"grad{i}", kind_of(grad), len(grad.load.indices))
+        if kernel == QUERIES and has_diagonals(plan):
+            self.host.append("shares")
+            self.add("shares", loose=True)
+        table = table_arguments(plan, LOOP[kernel])
+        self.host += table
+        for name in table:
+            self.add(name, type="int32" if name in RUN_TABLE[:4] else "", loose=name in RUN_TABLE[4:])
+
+    def arguments(self) -> BackwardArguments:
+        """What was collected."""
+        names, texts = tuple(self.kernel), tuple(self.kernel.values())
+        return BackwardArguments(names, tuple(self.host), texts, tuple(self.loose), self.types, frozenset(self.last))
+
 
 def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
     """Return the parameters of the ``queries`` or ``keys`` kernel of a backward plan.
@@ -156,31 +194,9 @@ def backward_arguments(plan: KernelPlan, kernel: str) -> BackwardArguments:
     of the captured gradients of this kernel, ``shares`` where sums along diagonals are private to a share of the
     queries, and the run table.
     """
-    made = _Parameters()
+    made = Parameters()
     rows = ("q", "k", "v", "do", *(("o", "dq") if kernel == QUERIES else ("dk", "dv")))
     flat = ("lse", "delta", "dlse") if kernel == QUERIES else ("lse", "delta")
     made.operands(dict.fromkeys(rows, plan.dtype) | dict.fromkeys(flat, "float32"), rows)
-    made.host.append("scale")
-    made.add("scale", type="float", loose=True)
-    for tensor in plan.tensors:
-        made.captured(tensor)
-    for param in plan.scalars:
-        name = rename(safe_name(param.name))
-        made.host.append(name)
-        made.add(name, type="float" if param.type is FLOAT else "", loose=True)
-    for size in dict.fromkeys(("H", "Hkv", "Lq", "Lk", *plan.sizes)):
-        name = rename(safe_name(size))
-        made.host += [] if size in KNOWN_SIZES else [name]
-        made.add(name, KNOWN_SIZES.get(size, name), loose=True)
-    for i, grad in enumerate(plan.grads):
-        if belongs(grad, kernel):
-            made.gradient(f"grad{i}", kind_of(grad), len(grad.load.indices))
-    if kernel == QUERIES and has_diagonals(plan):
-        made.host.append("shares")
-        made.add("shares", loose=True)
-    table = table_arguments(plan, LOOP[kernel])
-    made.host += table
-    for name in table:
-        made.add(name, type="int32" if name in RUN_TABLE[:4] else "", loose=name in RUN_TABLE[4:])
-    names, texts = tuple(made.kernel), tuple(made.kernel.values())
-    return BackwardArguments(names, tuple(made.host), texts, tuple(made.loose), made.types, frozenset(made.last))
+    made.rest(plan, kernel)
+    return made.arguments()

@@ -12,7 +12,7 @@ from typing import Any
 from attnlang.ir import Expr, Input, postorder
 from attnlang.passes.factors import ONE, SHIFTED
 from attnlang.passes.levels import Level
-from attnlang.passes.streaming import Accumulator, Unstreamable
+from attnlang.passes.streaming import Accumulator, Made, Streaming
 
 from .plan import KernelPlan, Step
 from .triton import Arguments, arguments, emit, score_text, section_text
@@ -21,7 +21,7 @@ from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter
 from .triton_runs import bounds_text
 
-__all__ = ["KERNEL_NAME", "emit_forward", "emit_stream", "forward_arguments", "stream_arguments"]
+__all__ = ["KERNEL_NAME", "emit_forward", "emit_stream", "forward_arguments", "row_outputs", "stream_arguments"]
 
 KERNEL_NAME = "attention_forward"
 _IDENTITY = {"sum": "0.0", "max": '-float("inf")', "min": 'float("inf")', "argmax": '-float("inf")'}
@@ -103,7 +103,7 @@ def _held(printer: _Printer, a: Accumulator, follows: bool) -> _Held:
 def _starts(step: Step) -> tuple[str, ...]:
     found = []
     for a in step.accumulators:
-        if a.rows is None:
+        if a.rows is None and a.over == "k":
             value = _IDENTITY[a.monoid]
             start = "tl.zeros([BLOCK_M], tl.float32)" if value == "0.0" else f"tl.full([BLOCK_M], {value}, tl.float32)"
             found.append(f"{a.name}_ = {start}")
@@ -116,14 +116,15 @@ def _step(printer: _Printer, step: Step, number: int) -> _StepText:
     stream = printer.plan.stream
     assert stream is not None
     follows = number == 0 and stream.shift is not None
-    rest = [a for a in step.accumulators if not (follows and a.name == stream.shift)]
+    rest = [a for a in step.accumulators if a.over == "k" and not (follows and a.name == stream.shift)]
     roots = [a.value for a in rest]
     shifted = _reads(SHIFTED, *roots)
     base = ""
     if shifted and not follows and stream.settled is not None:
         base = printer.text(stream.settled, Level.ROW)
     printer.used.clear()
-    col, pair = lines(printer, step.values.col), lines(printer, step.values.pair)
+    within = set(postorder(*roots))
+    col, pair = (lines(printer, (v for v in part if v.expr in within)) for part in (step.values.col, step.values.pair))
     held = {a.name: _held(printer, a, follows) for a in rest}
     return _StepText(
         follow=f"{stream.shift}_" if follows else "",
@@ -141,6 +142,11 @@ def _step(printer: _Printer, step: Step, number: int) -> _StepText:
     )
 
 
+def row_outputs(stream: Streaming) -> tuple[Made, ...]:
+    """The outputs of the kernel: all but the sums over queries."""
+    return tuple(out for out in stream.outputs if out.column is None)
+
+
 def stream_arguments(plan: KernelPlan, config: Config) -> Arguments:
     """Return the parameters of the kernel: like those of plain attention, with a pointer for every output."""
     assert plan.stream is not None
@@ -148,7 +154,7 @@ def stream_arguments(plan: KernelPlan, config: Config) -> Arguments:
     rows = plan.stream.rows is not None
     drop = {"lse_ptr"} if rows else {"lse_ptr", "o_ptr", "v_ptr", *(f"{x}_stride_{a}" for x in "ov" for a in "bhnd")}
     pairs = [p for p in zip(base.kernel, base.call, strict=True) if p[0] not in drop]
-    outs = [(f"{out.name}_out_", f"{out.name}_out_") for out in plan.stream.outputs if out.rows is None]
+    outs = [(f"{out.name}_out_", f"{out.name}_out_") for out in row_outputs(plan.stream) if out.rows is None]
     host = [n for n in base.host if n != "lse" and (rows or n != "o")]
     at = host.index("scale")
     host[at:at] = [name for name, _ in outs]
@@ -166,10 +172,8 @@ class _Out:
 def _outputs(printer: _Printer, plan: KernelPlan) -> list[_Out]:
     assert plan.stream is not None
     found = []
-    for out in plan.stream.outputs:
+    for out in row_outputs(plan.stream):
         pointer = f"{out.name}_out_"
-        if out.column is not None:
-            raise Unstreamable(f"output {out.name} sums over the queries, which Triton kernels do not do yet")
         if out.integer:
             assert isinstance(out.value, Input)
             found.append(_Out(False, f"{out.value.name}_at.to(tl.int64)", pointer))
@@ -197,14 +201,15 @@ def forward_arguments(plan: KernelPlan, config: Config) -> Arguments:
 def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
     """Return the Triton source of the forward kernel of ``plan`` at the tile of ``config``.
 
-    Raises:
-        Unstreamable: an output that no instance of the kernel can finish alone.
+    Sums over queries, which no instance of the kernel can finish alone, have a kernel of their own
+    (:mod:`.triton_columns`).
     """
     config = replace(config, descriptors=False)
     printer = _Printer(plan, interpreted=interpreted)
     full = section_text(printer, plan.full, (plan.score,))
     partial = section_text(printer, plan.partial, (plan.score, plan.mask))
-    steps = [_step(printer, step, number) for number, step in enumerate(plan.steps)]
+    kept = [(i, step) for i, step in enumerate(plan.steps) if any(a.over == "k" for a in step.accumulators)]
+    steps = [_step(printer, step, number) for number, step in kept]
     assert plan.stream is not None
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
         "offset_bits": 64 if plan.wide else 32,

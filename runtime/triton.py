@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from attnlang.codegen.triton import emit
 from attnlang.codegen.triton_common import Config
-from attnlang.codegen.triton_stream import emit_stream
+from attnlang.codegen.triton_stream import emit_stream, row_outputs
 from attnlang.codegen.triton_tiles import INTERPRETED, candidates
 from attnlang.passes.streaming import Unstreamable
 
 from .call import Call
 from .errors import Unavailable
+from .triton_columns import sums_over_queries
 from .triton_common import Kernel, Kernels, captured_arguments, check, plan_key, plan_of, table_of
 
 __all__ = ["forward", "outputs"]
@@ -111,24 +113,30 @@ def outputs(call: Call) -> dict[str, Tensor]:
     kernel = _stream(call, target)
     stream = kernel.plan.stream
     assert stream is not None
-    if (column := next((out for out in stream.outputs if out.column is not None), None)) is not None:
-        raise Unavailable(f"output {column.name} sums over the queries, which Triton kernels do not do yet")
+    columns = [out.name for out in stream.outputs if out.column is not None]
+    if columns and not call.saves:  # sums over queries start from what is saved of the rows
+        made = outputs(replace(call, saves=True))
+        return {out.name: made[out.name] for out in stream.outputs}
     shape, lk = call.q.shape[:3], call.k.shape[2]
     if shape.numel() == 0 or lk == 0:
         raise Unavailable("there is nothing to launch a kernel for")
+    outs = row_outputs(stream)
     made = {
         out.name: _output(call.q, call.v.shape[3])
         if out.rows is not None
         else torch.empty(shape, dtype=torch.int64 if out.integer else torch.float32, device=call.q.device)
-        for out in stream.outputs
+        for out in outs
     }
-    rows = [made[out.name] for out in stream.outputs if out.rows is not None]
-    numbers = [made[out.name] for out in stream.outputs if out.rows is None]
+    rows = [made[out.name] for out in outs if out.rows is not None]
+    numbers = [made[out.name] for out in outs if out.rows is None]
     captured = captured_arguments(call, kernel.plan)
 
     def arguments(config: Config) -> tuple[Any, ...]:
         table = table_of(call, kernel.plan, config, "k")
         return (call.q, call.k, call.v, *rows, *numbers, call.scale, *captured, *table)
 
-    kernel.run(arguments)
-    return made
+    if made:
+        kernel.run(arguments)
+    if columns:
+        made |= sums_over_queries(call, target, made)
+    return {out.name: made[out.name] for out in stream.outputs}

@@ -13,10 +13,10 @@ import torch
 
 from attnlang.codegen.plan import CapturedGrad, KernelPlan
 from attnlang.codegen.scatter import Scatter, scatter_of
-from attnlang.codegen.triton_backward import emit_keys, emit_queries
 from attnlang.codegen.triton_backward_arguments import KEYS, LOOP, QUERIES, belongs
 from attnlang.codegen.triton_backward_tiles import candidates
 from attnlang.codegen.triton_common import Config
+from attnlang.codegen.triton_pull import emit_backward
 from attnlang.ir import KEY_ADDRESS, Const, Index
 from attnlang.passes.levels import Level
 
@@ -25,7 +25,7 @@ from .captured_grads import Gradients, bring_back, total
 from .errors import Unavailable
 from .triton_common import Kernel, Kernels, captured_arguments, check, plan_key, plan_of, table_of
 
-__all__ = ["Gradients", "backward"]
+__all__ = ["Gradients", "Pair", "backward", "kernels_of", "launch", "scatter", "scatter_fits"]
 
 Tensor = torch.Tensor
 
@@ -37,7 +37,7 @@ the device."""
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """Both kernels of a plan."""
 
     plan: KernelPlan
@@ -45,15 +45,23 @@ class _Pair:
     keys: Kernel
 
 
-_kernels: Kernels[_Pair] = Kernels()
+_kernels: Kernels[Pair] = Kernels()
 
 
-def _kernel(call: Call, target: str, wanted: tuple[str, ...]) -> _Pair:
-    def make() -> _Pair:
+def kernels_of(call: Call, target: str, wanted: tuple[str, ...]) -> Pair:
+    def make() -> Pair:
         plan = plan_of(call, backward=True, captured_grads=wanted)
-        queries = Kernel(call.program, plan, target, candidates(plan, QUERIES, target), emit_queries)
-        keys = Kernel(call.program, plan, target, candidates(plan, KEYS, target), emit_keys)
-        return _Pair(plan, queries, keys)
+        queries = Kernel(
+            call.program,
+            plan,
+            target,
+            candidates(plan, QUERIES, target),
+            functools.partial(emit_backward, kernel=QUERIES),
+        )
+        keys = Kernel(
+            call.program, plan, target, candidates(plan, KEYS, target), functools.partial(emit_backward, kernel=KEYS)
+        )
+        return Pair(plan, queries, keys)
 
     return _kernels.get((*plan_key(call, target), wanted), make)
 
@@ -69,7 +77,7 @@ def _check(call: Call) -> str:
     return target
 
 
-def _scatter(grad: CapturedGrad) -> Scatter | None:
+def scatter(grad: CapturedGrad) -> Scatter | None:
     """How the gradient of a load that depends on the pair is added up, None for any other."""
     return scatter_of(grad.load, grad.derivative) if grad.level is Level.PAIR else None
 
@@ -77,9 +85,9 @@ def _scatter(grad: CapturedGrad) -> Scatter | None:
 class _Sums:
     """The buffer of one captured gradient, and the way from it to the tensor."""
 
-    def __init__(self, call: Call, grad: CapturedGrad, query_tiles: int, shares: int, unit: Tensor) -> None:
+    def __init__(self, call: Call, grad: CapturedGrad, query_tiles: int, shares: int, unit: Tensor | None) -> None:
         self.call, self.grad = call, grad
-        self.scatter = _scatter(grad)
+        self.scatter = scatter(grad)
         batch, heads, lq, lk = (call.sizes[n] for n in ("B", "H", "Lq", "Lk"))
         shape: tuple[int, ...]
         if self.scatter is None:
@@ -93,12 +101,13 @@ class _Sums:
         if floats > BUFFER_LIMIT:
             raise Unavailable(f"the gradient of {grad.load.tensor} would need {floats * 4 >> 20} MB of buffers")
         dtype = torch.int64 if self.scatter is Scatter.FIXED else torch.float32
-        self.buffer, self.unit = torch.zeros(shape, dtype=dtype, device=call.q.device), unit
+        self.buffer = torch.zeros(shape, dtype=dtype, device=call.q.device)
+        self.unit = unit if self.scatter is Scatter.FIXED else None
 
     @property
     def arguments(self) -> list[Tensor]:
         """What ``launch`` takes for this gradient."""
-        return [self.buffer, self.unit] if self.scatter is Scatter.FIXED else [self.buffer]
+        return [self.buffer] if self.unit is None else [self.buffer, self.unit]
 
     def _copies(self) -> tuple[int, int]:
         """Copies of the tensor along batch and heads, so that no two pairs store to one element."""
@@ -115,7 +124,7 @@ class _Sums:
                 sign = "-" if self.scatter is Scatter.DIFFERENCE else "+"
                 return bring_back(self.call, load, buffer.sum(2), f"bh{sign}")
             case Scatter.FIXED:
-                assert isinstance(self.grad.derivative, Const)
+                assert isinstance(self.grad.derivative, Const) and self.unit is not None
                 return (buffer[0, 0].double() / self.unit * float(self.grad.derivative.value)).float()
             case Scatter.STORE | Scatter.ATOMIC:
                 return buffer.sum((0, 1))
@@ -132,9 +141,9 @@ def _apart(call: Call, grad: CapturedGrad) -> set[str]:
     return {axis for axis, n in plain if n >= call.sizes[needed[axis]]}
 
 
-def _scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
+def scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
     """Refuse what only atomic additions could do, unless they are allowed."""
-    kind = _scatter(grad)
+    kind = scatter(grad)
     meets = kind is Scatter.STORE and not {"q", "k"} <= _apart(call, grad)
     if meets or (kind is Scatter.ATOMIC and deterministic):
         raise Unavailable(f"the gradient of {grad.load.tensor} would need additions in an order that is not fixed")
@@ -142,7 +151,7 @@ def _scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
 
 def _shares(call: Call, grads: tuple[CapturedGrad, ...], query_tiles: int) -> int | None:
     """Shares of the query tiles with sums of their own, None where no sums along diagonals are wanted."""
-    if not any(kind and kind.is_diagonal for kind in map(_scatter, grads)):
+    if not any(kind and kind.is_diagonal for kind in map(scatter, grads)):
         return None
     instances = call.sizes["B"] * call.sizes["H"]
     most = BUFFER_LIMIT // (instances * (call.sizes["Lq"] + call.sizes["Lk"]))
@@ -170,17 +179,17 @@ def backward(
         Unavailable: this backend cannot run the call here.
     """
     target = _check(call)
-    kernels = _kernel(call, target, wanted)
+    kernels = kernels_of(call, target, wanted)
     for grad in kernels.plan.grads:
-        _scatter_fits(call, grad, deterministic)
+        scatter_fits(call, grad, deterministic)
     do = do.to(call.q.dtype)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     dlse = torch.zeros_like(lse) if dlse is None else dlse.float().contiguous()
     dq, dk, dv = (torch.empty_like(t) for t in (call.q, call.k, call.v))
-    has_fixed = any(_scatter(g) is Scatter.FIXED for g in kernels.plan.grads)
+    has_fixed = any(scatter(g) is Scatter.FIXED for g in kernels.plan.grads)
     unit = _unit(call, do, dlse) if has_fixed else lse.new_ones(1)
-    run = functools.partial(_run, call, unit=unit)
+    run = functools.partial(launch, call, unit=unit)
     sums = run(QUERIES, kernels.queries, (call.q, call.k, call.v, do, o, dq, lse, delta, dlse))
     sums |= run(KEYS, kernels.keys, (call.q, call.k, call.v, do, dk, dv, lse, delta))
     parts = [sums[i].result() for i in range(len(kernels.plan.grads))]
@@ -201,7 +210,9 @@ def _unit(call: Call, do: Tensor, dlse: Tensor) -> Tensor:
     return torch.where(torch.isfinite(bound), unit, torch.nan).float().reshape(1)
 
 
-def _run(call: Call, which: str, kernel: Kernel, operands: tuple[Tensor, ...], *, unit: Tensor) -> dict[int, _Sums]:
+def launch(
+    call: Call, which: str, kernel: Kernel, operands: tuple[Tensor, ...], *, unit: Tensor | None = None
+) -> dict[int, _Sums]:
     """Launch the queries or the keys kernel; return the sums it made, by the number of the gradient."""
     captured = captured_arguments(call, kernel.plan)
     grads = kernel.plan.grads

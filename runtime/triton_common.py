@@ -180,8 +180,11 @@ def _closed(call: Call) -> tuple[str, ...]:
     return tuple(filter(call.closed, "kq"))
 
 
-def plan_of(call: Call, *, backward: bool = False, captured_grads: tuple[str, ...] = ()) -> KernelPlan:
-    """Plan the kernel of a call; ``captured_grads`` as in :func:`attnlang.codegen.plan.make_plan`."""
+def plan_of(
+    call: Call, *, backward: bool = False, columns: bool = False, captured_grads: tuple[str, ...] = ()
+) -> KernelPlan:
+    """Plan the kernel of a call; ``columns`` and ``captured_grads`` as in :func:`attnlang.codegen.plan.make_plan`."""
+    loops = "kq" if backward else "q" if columns else "k"
     return make_plan(
         call.program,
         dtype=_DTYPES[call.q.dtype],
@@ -191,8 +194,9 @@ def plan_of(call: Call, *, backward: bool = False, captured_grads: tuple[str, ..
         wide=_needs_wide(call),
         backward=backward,
         saves=call.saves and not backward,
+        columns=columns,
         captured_grads=captured_grads,
-        closed=_closed(call) if backward else filter(call.closed, "k"),
+        closed=filter(call.closed, loops),
     )
 
 

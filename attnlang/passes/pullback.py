@@ -17,6 +17,7 @@ target knows a normaliser by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -35,6 +36,7 @@ from .streaming import Accumulator, Made, Streaming, Unstreamable, accumulated, 
 __all__ = [
     "DP",
     "FACTOR",
+    "LOGIT",
     "SETTLED",
     "Pullback",
     "Sweep",
@@ -218,9 +220,14 @@ def pullback(stage: Attend) -> Pullback:
 
     score = simplify(stage.branch.score)
     to_score: dict[Expr, Expr] = {LOGIT: score}
+    # a score of minus infinity hides its pair; what reads it as a number must not meet it
+    hides = score is not RAW_SCORE and any(RAW_SCORE in set(postorder(a.value)) for a in smooth)
 
     def finished(expr: Expr) -> Expr:
-        return simplify(substitute(expr, to_score))
+        expr = substitute(expr, to_score)
+        if hides and expr is not ZERO:
+            expr = op("where", op("ne", score, -math.inf), expr, ZERO)
+        return simplify(expr)
 
     def by(node: Expr, readers: Iterable[Accumulator]) -> Expr:
         return _sum(_times(given(c), derivatives(values[c.name], (node,))[node]) for c in readers)

@@ -149,6 +149,8 @@ class _Builder:
         value = self.final(value)
         first = self.passes_of(value)
         power = power if first == 0 else 0
+        if power == 0 and SHIFTED in set(postorder(value)):  # nothing moves it along with the running maximum
+            first = max(first, 1)
         vanishes = _vanishes(monoid, value)
         made = Accumulator(f"a{len(self.found)}", monoid, value, power, rows, vanishes, over)
         for number, old in self.found:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from attnlang.ir import Attend, Environment, Load, attend_region, evaluate, finish, postorder
-from attnlang.ir.build import TRUE, all_of, k, op, q
+from attnlang.ir.build import TRUE, all_of, k, op, q, s
 from attnlang.passes.pullback import DP, Pullback, pullback, saved, saving
 from attnlang.passes.shifts import is_only_a_shift
 from attnlang.passes.streaming import Unstreamable, streaming
@@ -71,7 +72,11 @@ GIVEN["temperature"] = replace(CASES["temperature"], outputs=CASES["temperature"
 @pytest.mark.parametrize("mask", [TRUE, all_of(op("ge", q, k), op("ne", op("mod", q, 5), 0))], ids=["all", "causal"])
 @pytest.mark.parametrize("name", sorted(GIVEN))
 def test_pullbacks_are_gradients(name: str, mask: object) -> None:
-    stage, env = masked(GIVEN[name], mask), given()
+    check_gradients(masked(GIVEN[name], mask), name)
+
+
+def check_gradients(stage: Attend, name: str) -> None:
+    env = given()
     pull = pullback(stage)
     read = {n.tensor for n in postorder(*stage.roots()) if isinstance(n, Load)}
     tensors = {n: t.requires_grad_() if n in read else t for n, t in env.tensors.items()}
@@ -93,6 +98,15 @@ def test_pullbacks_are_gradients(name: str, mask: object) -> None:
     for leaf, expected in zip(leaves, want, strict=True):
         expected = torch.zeros_like(leaves[leaf]) if expected is None else expected
         torch.testing.assert_close(got[leaf], expected, atol=1e-8, rtol=1e-7, msg=lambda t, x=leaf: f"{name} {x}: {t}")
+
+
+@pytest.mark.parametrize("name", ["entropy", "decay", "sigmoid", "columns", "cut"])
+def test_scores_of_minus_infinity_hide_their_pairs(name: str) -> None:
+    """One key, and every key of some rows."""
+    hidden = op("or", op("eq", k, 3), op("eq", op("mod", q, 7), 2))
+    found = GIVEN[name]
+    branch = replace(found.branch, score=op("where", hidden, -math.inf, s))
+    check_gradients(replace(found, branches=(branch,)), name)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from attnlang.ir import Attend, Environment, Region, attend_region, evaluate, finish
-from attnlang.ir.build import TRUE, all_of, k, op, q
-from attnlang.ir.stages import SOFTMAX, Normalizer, Output, Stat, stat
+from attnlang.ir.build import TRUE, all_of, k, op, q, s
+from attnlang.ir.stages import SOFTMAX, WEIGHT, Normalizer, Output, Stat, stat
 from attnlang.passes.factors import SHIFTED
 from attnlang.passes.streaming import Streaming, Unstreamable, streaming
 from tests.streaming_cases import CASES, RELU, TENSORS, masked, stage
@@ -119,6 +119,22 @@ def test_streams_are_what_stages_mean(name: str, mask: object) -> None:
         for out in found.outputs:
             expected = finish(out, want[out.name]).double()
             torch.testing.assert_close(got[out.name], expected, atol=1e-9, rtol=1e-9, msg=f"{name} {out.name}")
+
+
+BARE = Normalizer("bare", (Stat("m", "max", s),), op("exp", op("sub", s, stat("m"))))
+HALVES = [
+    Output("column", WEIGHT, over="q"),
+    Output("column", WEIGHT, over="q", monoid="max", empty=-1.0),
+    Output("least", op("mul", WEIGHT, 0.5), monoid="min"),
+]
+
+
+@pytest.mark.parametrize("out", HALVES, ids=["sum", "max", "least"])
+def test_what_cannot_move_with_the_maximum_waits_for_it(out: Output) -> None:
+    found, env = stage(BARE, outputs=(out,)), given()
+    want = finish(out, attend_region(found, env, region(), 1.0)[out.name])
+    assert len(streaming(found).passes) == 2
+    torch.testing.assert_close(stream(streaming(found), found, env, 7)[out.name], want, atol=1e-9, rtol=1e-9)
 
 
 def test_softmax_is_two_sums_in_one_pass() -> None:

@@ -47,3 +47,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def in_process() -> bool:
     """Whether the interpreted tests run in this process."""
     return INTERPRETED
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every backward pass so far, whether kernels made the gradients."""
+    from attnlang.runtime import compiled
+
+    found: list[bool] = []
+    original = compiled.StageKernel.gradients
+
+    def gradients(self, *args):
+        result = original(self, *args)
+        found.append(result is not None)
+        return result
+
+    monkeypatch.setattr(compiled.StageKernel, "gradients", gradients)
+    return found

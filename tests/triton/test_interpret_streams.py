@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from streaming_cases import CASES, TENSORS, masked
 
 from attnlang.ir import Program, reference
-from attnlang.ir.build import TRUE, all_of, k, op, q
+from attnlang.ir.build import TRUE, all_of, k, op, q, s
 from attnlang.runtime import triton as backend
 from attnlang.runtime.call import Call
-from attnlang.runtime.errors import Unavailable
 from attnlang.sparsity import analyse
 
 MASKS = {
@@ -39,7 +40,7 @@ def make_call(name: str, mask: str, lq: int = 50, lk: int = 50, d: int = 16, dv:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", [n for n in CASES if "column" not in n])
+@pytest.mark.parametrize("name", CASES)
 def test_stream(name: str, mask: str) -> None:
     call = make_call(name, mask)
     got = backend.outputs(call)
@@ -49,6 +50,16 @@ def test_stream(name: str, mask: str) -> None:
         torch.testing.assert_close(got[out].double(), value.double(), atol=3e-5, rtol=5e-5, msg=lambda m, o=out: o + m)
 
 
-def test_sums_over_queries_say_what_is_missing() -> None:
-    with pytest.raises(Unavailable, match="sums over the queries"):
-        backend.outputs(make_call("columns", "causal"))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["columns", "column_peak", "sigmoid_columns"])
+def test_scores_of_minus_infinity_bring_nothing_to_sums_over_queries(name: str) -> None:
+    call = make_call(name, "causal", 19, 35)
+    stage = call.program.attend
+    score = op("where", op("lt", op("mod", q, 7), 2), float("-inf"), op("where", op("eq", k, 3), float("-inf"), s))
+    scored = replace(stage, branches=(replace(stage.branch, score=score),))
+    call = replace(call, program=replace(call.program, stages=(scored,)))
+    got = backend.outputs(call)
+    want = reference(call.program, call.q, call.k, call.v, call.sizes, {}, call.tensors, call.scale)
+    assert got["column"].isfinite().all()
+    for out, value in want.items():
+        torch.testing.assert_close(got[out].double(), value.double(), atol=3e-5, rtol=5e-5, msg=lambda m, o=out: o + m)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 import pytest
 from streaming_cases import CASES, TENSORS, masked
 
 from attnlang.codegen.offline import Compiler, compile_plan
-from attnlang.codegen.plan import make_plan
+from attnlang.codegen.offline_backward import compile_backward, compile_columns
+from attnlang.codegen.plan import KernelPlan, make_plan
+from attnlang.codegen.triton_backward_arguments import KEYS, QUERIES, own_name
+from attnlang.codegen.triton_columns import column_outputs, emit_columns
+from attnlang.codegen.triton_common import Config
+from attnlang.codegen.triton_printer import RESERVED
+from attnlang.codegen.triton_pull import emit_backward
 from attnlang.codegen.triton_tiles import shared_limit
 from attnlang.ir import Program
 from attnlang.ir.build import k, op, q
+from attnlang.passes.streaming import streaming
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +28,59 @@ def compiler() -> Iterator[Compiler]:
         yield made
 
 
+def plan_of(name: str, **kind: object) -> KernelPlan:
+    program = Program(name, (masked(CASES[name], op("le", k, q)),), tensors=TENSORS)
+    storage = {t.name: "float32" for t in TENSORS}
+    return make_plan(program, dtype="bfloat16", head_dim=64, value_dim=64, storage=storage, **kind)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 @pytest.mark.parametrize("name", ["sink", "sigmoid", "cog", "decay", "entropy", "cut", "peak"])
 def test_compiles(compiler: Compiler, name: str, target: str) -> None:
-    program = Program(name, (masked(CASES[name], op("le", k, q)),), tensors=TENSORS)
-    storage = {t.name: "float32" for t in TENSORS}
-    plan = make_plan(program, dtype="bfloat16", head_dim=64, value_dim=64, storage=storage)
-    made = compile_plan(plan, target, descriptors=False, compiler=compiler)
+    made = compile_plan(plan_of(name), target, descriptors=False, compiler=compiler)
     assert made.shared_bytes <= shared_limit(target)
     assert made.mma
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "kernel"),
+    [
+        ("cuda:90", "sigmoid", KEYS),
+        ("cuda:90", "cut", QUERIES),
+        ("hip:gfx942", "columns", KEYS),
+        ("hip:gfx942", "gate", QUERIES),
+    ],
+)
+def test_gradients_compile(compiler: Compiler, name: str, kernel: str, target: str) -> None:
+    plan = plan_of(name, backward=True, captured_grads=[t.name for t in TENSORS])
+    made = compile_backward(plan, kernel, target, compiler)
+    assert made.shared_bytes <= shared_limit(target)
+    assert made.spill_bytes == 0
+    assert made.mma
+
+
+@pytest.mark.parametrize(("target", "name"), [("cuda:90", "columns"), ("hip:gfx942", "column_peak")])
+def test_sums_over_queries_compile(compiler: Compiler, name: str, target: str) -> None:
+    made = compile_columns(plan_of(name, columns=True), target, compiler)
+    assert made.shared_bytes <= shared_limit(target)
+    assert made.spill_bytes == 0
+    assert made.mma
+
+
+@pytest.mark.parametrize("name", ["columns", "gate", "entropy_alone", "renormalised"])
+def test_names_of_the_kernels_are_reserved(name: str) -> None:
+    """Names of a kernel are set aside, or end in one underscore, which no name of a program does."""
+    plan = plan_of(name, backward=True, captured_grads=[t.name for t in TENSORS])
+    sources = [emit_backward(plan, Config(32, 64, 4, 2), kernel) for kernel in (QUERIES, KEYS)]
+    plans = [plan]
+    if name == "columns":
+        plans.append(plan_of(name, columns=True))
+        sources.append(emit_columns(plans[1], Config(32, 64, 4, 2), column_outputs(streaming(CASES[name]))))
+    values = {n for p in plans for n in p.names.values()} | {"B", "H", "Hkv", "Lq", "Lk"}
+    for source in sources:
+        tree = ast.parse(source)
+        (kernel,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("attention_"))
+        own = {a.arg for a in kernel.args.args}
+        own |= {n.id for n in ast.walk(kernel) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own -= values | {n for n in own if n.startswith(tuple(f"{t.name}_" for t in TENSORS))}
+        assert [n for n in own if n not in RESERVED and not own_name(n) and not n.endswith("_")] == []
