@@ -22,7 +22,6 @@ from attnlang.ir import (
     Param,
     Program,
     Size,
-    Type,
     canonical,
     format_expr,
     postorder,
@@ -39,90 +38,10 @@ from attnlang.passes.streaming import Accumulator, Streaming, streaming
 from attnlang.passes.widths import Width, assumptions, widths
 
 from .naming import names as value_names
+from .plan_parts import CapturedGrad, Section, Step, SweepStep, TensorArg, Value
 from .runs import RunBounds, forms_of, ranges_of, run_bounds
 
-__all__ = ["KernelPlan", "Section", "Step", "SweepStep", "TensorArg", "Value", "make_plan"]
-
-
-@dataclass(frozen=True)
-class TensorArg:
-    """A captured tensor as the kernel sees it: a pointer, one stride and one extent per dimension."""
-
-    name: str
-    type: Type
-    dtype: str
-    rank: int
-
-
-@dataclass(frozen=True)
-class Value:
-    """One statement ``name = expr``; inside ``expr`` printing stops at nodes that are values themselves."""
-
-    name: str
-    expr: Expr
-    level: Level
-
-    @property
-    def comment(self) -> str:
-        """The source expression, for a comment in the generated kernel."""
-        text = format_expr(self.expr)
-        return text if len(text) <= 90 else text[:87] + "..."
-
-
-@dataclass(frozen=True)
-class Section:
-    """What one kind of tile computes: per-query, per-key and per-pair statements.
-
-    A pass with queries outside hoists the row statements of the PARTIAL section (they include those of the FULL one)
-    out of the key loop; a pass with keys outside hoists the column statements instead.
-    """
-
-    col: tuple[Value, ...]
-    pair: tuple[Value, ...]
-    row: tuple[Value, ...] = ()
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass over the keys: its accumulators, the statements their values need, and the row statements after it."""
-
-    accumulators: tuple[Accumulator, ...]
-    values: Section
-    after: tuple[Value, ...]
-
-    @property
-    def weights(self) -> Accumulator | None:
-        """The accumulator that sums weighted rows, if this pass has it."""
-        return next((a for a in self.accumulators if a.rows is not None), None)
-
-
-@dataclass(frozen=True)
-class SweepStep:
-    """A pass over the keys before the last one of a backward kernel.
-
-    It sums every pair expression of ``sums`` over the visible keys and adds it to that row input; ``after`` are the
-    row statements that wait for it.
-    """
-
-    sums: tuple[tuple[Input, Expr], ...]
-    full: Section
-    partial: Section
-    after: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class CapturedGrad:
-    """How one load of a captured tensor takes part in the backward pass.
-
-    The gradient of the tensor is the sum over visible pairs of ``ds' * derivative`` at ``load``'s index, where ds' is
-    the gradient of the modified score; in a plan with a pullback it is the sum of ``derivative`` itself. ``level`` is
-    the level of the index: a ROW load is summed over keys in registers and written once a query, a COL load once a key,
-    a GRID load once a (b, h); only a PAIR load needs a scatter.
-    """
-
-    load: Load
-    derivative: Expr
-    level: Level
+__all__ = ["CapturedGrad", "KernelPlan", "Section", "Step", "SweepStep", "TensorArg", "Value", "make_plan"]
 
 
 @dataclass(frozen=True)
