@@ -1,4 +1,5 @@
-"""Forward on the GPU that is present against compiled flex_attention and SDPA in one run; correctness comes first.
+"""Forward on the GPU that is present against compiled flex_attention and SDPA in one run; correctness comes first,
+also that of gradients beyond softmax.
 
 Without a GPU it says so and ends well. ``--length N`` and ``--head-dim D`` change the shape (default 8192 and 64, 128).
 """
@@ -6,6 +7,7 @@ Without a GPU it says so and ends well. ``--length N`` and ``--head-dim D`` chan
 from __future__ import annotations
 
 import argparse
+import functools
 
 import torch
 from common import Case, compare, print_rows, save
@@ -25,6 +27,26 @@ def correct(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
     error = float((out.double() - al.reference(program, q, k, v, doc=doc)).abs().max())
     print(f"D = {head_dim}, {dtype}: greatest difference from the reference {error:.1e}")
     return error < (2e-2 if dtype is torch.bfloat16 else 4e-3 if dtype is torch.float16 else 2e-4)
+
+
+def correct_beyond(device: torch.device) -> bool:
+    """Whether stages beyond a mask and a score agree with the reference, outputs and gradients, in float32."""
+    random = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, heads, 300, 64, generator=random).to(device) for heads in (4, 2, 2)]
+    worst = 0.0
+    for program in (al.library.cog, al.library.causal_received, al.library.rectified):
+        found = []
+        for make, dtype in ((al.compile(program), torch.float32), (functools.partial(al.reference, program), None)):
+            leaves = [x.to(dtype or torch.float64).requires_grad_() for x in given]
+            made = make(*leaves, return_aux=True)
+            outs = [t for _, t in sorted((made if isinstance(made, dict) else {"o": made[0], **made[-1]}).items())]
+            smooth = [t for t in outs if t.is_floating_point()]
+            grads = torch.autograd.grad([t.square().sum() for t in smooth], leaves, allow_unused=True)
+            found.append([*(t.detach() for t in smooth), *(g for g in grads if g is not None)])
+        errors = [(a - b).abs().max() / b.abs().max().clamp(min=1e-3) for a, b in zip(*found, strict=True)]
+        worst = max(worst, *map(float, errors))
+    print(f"beyond softmax: greatest relative difference from the reference {worst:.1e}")
+    return worst < 1e-3
 
 
 def cases(device: torch.device, length: int, head_dim: int, dtype: torch.dtype) -> list[Case]:
@@ -55,7 +77,7 @@ def main() -> int:
     device = torch.device("cuda")
     dtype = torch.bfloat16
     dims = given.head_dim or [64, 128]
-    if not all(correct(device, d, dtype) for d in dims):
+    if not all(correct(device, d, dtype) for d in dims) or not correct_beyond(device):
         print("attnlang is wrong here; nothing is timed")
         return 1
     rows = []
