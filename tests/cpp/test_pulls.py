@@ -140,6 +140,7 @@ def test_rows_whose_scores_are_all_minus_infinity(name: str, launches: Launches)
     assert launches.count == 1
 
 
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["sink", "sigmoid"])
 def test_half_types_lose_no_more_than_dense_pytorch(name: str, dtype: torch.dtype, launches: Launches) -> None:
@@ -162,6 +163,7 @@ def test_half_types_lose_no_more_than_dense_pytorch(name: str, dtype: torch.dtyp
         assert (got[n] - expected).abs().max() <= 2 * (lost[n] - expected).abs().max(), n
 
 
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("name", ["columns", "dropout", "entropy_alone"])
 def test_gradients_are_the_same_bits_in_every_run_with_any_number_of_threads(name: str, launches: Launches) -> None:
     made = problem(name, HOLES, heads=(4, 1), lengths=(300, 300))
