@@ -29,11 +29,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def _optimise(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnlang.runtime import cpp_common, toolchain
+
+    flags = tuple(level if f == "-O3" else f for f in toolchain.COMMON_FLAGS)
+    monkeypatch.setattr(toolchain, "COMMON_FLAGS", flags)
+    monkeypatch.setattr(cpp_common, "COMMON_FLAGS", flags)
+
+
 @pytest.fixture
 def lightly_optimised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile C++ kernels in half the time. For tests whose program has a test with the usual flags as well."""
-    from attnlang.runtime import cpp_common, toolchain
+    _optimise("-O1", monkeypatch)
 
-    flags = tuple("-O1" if f == "-O3" else f for f in toolchain.COMMON_FLAGS)
-    monkeypatch.setattr(toolchain, "COMMON_FLAGS", flags)
-    monkeypatch.setattr(cpp_common, "COMMON_FLAGS", flags)
+
+@pytest.fixture
+def unoptimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile C++ kernels in a quarter of the time; for random programs, which are many."""
+    _optimise("-O0", monkeypatch)

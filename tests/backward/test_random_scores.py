@@ -12,22 +12,16 @@ import os
 import pytest
 from backward.scores import batch, check
 
-from attnlang.runtime import cpp, cpp_backward, cpp_common, toolchain
+from attnlang.runtime import cpp, cpp_backward
 
 FUZZ = int(os.environ.get("ATTNLANG_FUZZ", "1"))
 START = int(os.environ.get("ATTNLANG_SEED", "0"))
 KERNELS, HEADS, ALONE = 40, 25, 8
 
 
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    flags = tuple("-O0" if f == "-O3" else f for f in toolchain.COMMON_FLAGS)
-    monkeypatch.setattr(toolchain, "COMMON_FLAGS", flags)
-    monkeypatch.setattr(cpp_common, "COMMON_FLAGS", flags)
-
-
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("seed", range(START, START + KERNELS * FUZZ))
-def test_random_scores(seed, quick_compiler):
+def test_random_scores(seed):
     check(batch(seed, HEADS, 70, 83), cpp.forward, cpp_backward.backward)
 
 

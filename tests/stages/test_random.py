@@ -15,8 +15,12 @@ from attnlang.runtime import regions
 
 from .random_programs import arguments, random_program
 
-PROGRAMS = 500 * int(os.environ.get("ATTNLANG_FUZZ", "1"))
+FUZZ = int(os.environ.get("ATTNLANG_FUZZ", "1"))
+PROGRAMS = 500 * FUZZ
 CHUNK = 50
+START = int(os.environ.get("ATTNLANG_SEED", "0"))
+COMPILED = 500 * FUZZ
+"""Programs that also run as a user's would on this machine, through unoptimised kernels."""
 
 
 def outside_masks(program):
@@ -82,3 +86,25 @@ def test_blockwise_executor(chunk, monkeypatch):
             )
         for a, c in zip(gradients(got, wanted, cotangents), gradients(want, wanted, cotangents), strict=True):
             torch.testing.assert_close(a, c, rtol=1e-7, atol=1e-8, msg=lambda m, s=seed: f"{s} {m}")
+
+
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("first", range(START, START + COMPILED, 25))
+def test_what_a_call_runs_here(first):
+    """Rewritten stages, kernels in both directions and what is left to the blockwise executor, in float32."""
+    for seed in range(first, first + 25):
+        program = verify(random_program(seed))
+        operands, captured, wanted = leaves(seed)
+        want = results(lambda *a, _p=program, **c: al.reference(_p, *a, **c), program, operands, captured)
+        generator = torch.Generator().manual_seed(seed)
+        cotangents = {n: torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in want.items()}
+        exact = gradients(want, wanted, cotangents)
+        operands, captured, wanted = leaves(seed, torch.float32)
+        got = results(al.compile(program), program, operands, captured)
+        for name, value in want.items():
+            if value.dtype is not torch.int64:  # which of two nearly equal values is larger is not compared
+                same(got[name].double(), value, f"{seed} {name}", rtol=1e-3, atol=1e-3)
+        found = gradients(got, wanted, {n: t.float() for n, t in cotangents.items()})
+        for number, (a, c) in enumerate(zip(found, exact, strict=True)):
+            size = max(1.0, float(c.abs().max()) if c.numel() else 0.0)
+            same(a.double(), c, f"{seed} gradient {number}", rtol=0, atol=2e-3 * size)
