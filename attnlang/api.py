@@ -50,6 +50,13 @@ def _pick(module: Module, pattern: str | None) -> Program:
     return module.patterns[pattern]
 
 
+def _keep_tables() -> None:
+    from attnlang.grammar.parser import keep_tables
+    from attnlang.runtime.cache import default_root
+
+    keep_tables(default_root())
+
+
 def parse(text: str, pattern: str | None = None) -> Program:
     """Return the last pattern of ``.attn`` text, or the one named ``pattern``.
 
@@ -58,6 +65,7 @@ def parse(text: str, pattern: str | None = None) -> Program:
     """
     from attnlang.grammar import parse as parse_text
 
+    _keep_tables()
     return _pick(parse_text(text), pattern)
 
 
@@ -69,6 +77,7 @@ def load(path: str | Path, pattern: str | None = None) -> Program:
     """
     from attnlang.grammar import load as load_file
 
+    _keep_tables()
     return _pick(load_file(path), pattern)
 
 
@@ -80,6 +89,7 @@ def load_all(path: str | Path) -> dict[str, Program]:
     """
     from attnlang.grammar import load as load_file
 
+    _keep_tables()
     return dict(load_file(path).patterns)
 
 

@@ -1,7 +1,8 @@
-"""Text to syntax tree. The LALR tables are built at the first parse and kept."""
+"""Text to syntax tree. The LALR tables are built at the first parse and kept, on disk too where a folder is given."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,34 @@ from .errors import AttnError, Source
 from .explain import explain_character, explain_token
 from .layout import layout
 
-__all__ = ["MAX_BYTES", "parse_source"]
+__all__ = ["MAX_BYTES", "keep_tables", "parse_source"]
 
 MAX_BYTES = 1_000_000
 
 _GRAMMAR = Path(__file__).with_name("attnlang.lark")
 _lock = threading.Lock()
 _lark: Lark | None = None
+_folder: Path | None = None
+
+
+def keep_tables(folder: Path) -> None:
+    """Keep the tables, which take longer to build than a program to parse, in a folder only its user can write.
+
+    A folder that cannot be used costs time and nothing else.
+    """
+    global _folder
+    _folder = folder
+
+
+def _file(grammar: str) -> str | None:
+    """Where the tables of ``grammar`` are kept, None for nowhere."""
+    if _folder is None:
+        return None
+    try:
+        _folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(_folder / f"grammar-{hashlib.sha256(grammar.encode()).hexdigest()[:16]}.tables")
 
 
 class _Callbacks:
@@ -56,8 +78,10 @@ def _parser() -> Lark:
     global _lark
     with _lock:
         if _lark is None:
+            grammar = _GRAMMAR.read_text(encoding="utf-8")
             _lark = Lark(
-                _GRAMMAR.read_text(encoding="utf-8"),
+                grammar,
+                cache=_file(grammar) or False,
                 parser="lalr",
                 lexer="basic",
                 keep_all_tokens=True,

@@ -48,6 +48,9 @@ from .runs import run_maps
 
 __all__ = ["run", "softmax_roles"]
 
+NARROW = 16
+"""Keys in a tile of a stage that was taken apart: branches often share the keys out among them, at any number."""
+
 Tensor = torch.Tensor
 Attention: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
 
@@ -155,13 +158,13 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
         here = replace(here, tensors={**here.tensors, **found.tensors})
         made: dict[str, Tensor] = {}
         for part in found.parts:
-            made |= one(part, here)
+            made |= one(part, here, NARROW if len(found.parts) > 1 else 0)
         return made | {name: change(made[name].to(dtype)) for name, change in found.after.items()}
 
-    def one(stage: Attend, here: Environment) -> dict[str, Tensor]:
+    def one(stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
         roles = softmax_roles(stage)
         if roles is not None:
-            return _plain(call, stage, here, roles, attention)
+            return _plain(call, stage, here, roles, attention, key_tile)
         return _general(call, stage, here, backend)
 
     made = run_stages(program, env, attend)
@@ -179,14 +182,19 @@ def _cast(program: Program, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(
-    call: Call, stage: Attend, here: Environment, roles: tuple[str, str, str, str, str | None], attention: Attention
+    call: Call,
+    stage: Attend,
+    here: Environment,
+    roles: tuple[str, str, str, str, str | None],
+    attention: Attention,
+    key_tile: int,
 ) -> dict[str, Tensor]:
     query, key, value, out, lse = roles
     alone, sizes = _alone(call.program, stage, here)
     q, k, v = (here.rows(name).to(call.q.dtype) for name in (query, key, value))
     sizes |= {"Hkv": k.shape[1]}
     runs = run_maps.provider(alone, sizes, call.params, here.tensors)
-    o, total = attention(Call(alone, q, k, v, sizes, call.params, here.tensors, call.scale, runs))
+    o, total = attention(Call(alone, q, k, v, sizes, call.params, here.tensors, call.scale, runs, key_tile))
     return {out: o} | ({lse: total} if lse is not None else {})
 
 

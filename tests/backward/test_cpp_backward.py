@@ -13,6 +13,8 @@ from attnlang.ir import FLOAT, INT, Load, Size, TensorParam, simple
 from attnlang.ir.build import all_of, h, k, op, q, s
 from attnlang.runtime import cpp, cpp_backward
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 both = functools.partial(cases.both, forward=cpp.forward, backward=cpp_backward.backward)
 check = functools.partial(cases.check, forward=cpp.forward, backward=cpp_backward.backward)
 

@@ -10,7 +10,7 @@ import torch
 
 import attnlang as al
 from attnlang.ir import Load, Program, postorder, reference
-from attnlang.runtime import cpp_common, cpp_pull, toolchain
+from attnlang.runtime import cpp_pull
 
 Tensor = torch.Tensor
 
@@ -27,13 +27,6 @@ class Launches:
             return made
 
         monkeypatch.setattr(cpp_pull, "launch", launch)
-
-
-def compile_quickly(monkeypatch: Any) -> None:
-    """Compile kernels without optimisation, which takes longer than all that tests do with them."""
-    flags = tuple("-O0" if f == "-O3" else f for f in toolchain.COMMON_FLAGS)
-    monkeypatch.setattr(toolchain, "COMMON_FLAGS", flags)
-    monkeypatch.setattr(cpp_common, "COMMON_FLAGS", flags)
 
 
 @dataclass(frozen=True)

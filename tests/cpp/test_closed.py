@@ -23,6 +23,8 @@ from attnlang.runtime import cpp, cpp_backward
 from attnlang.runtime.toolchain import find_compiler
 from attnlang.sparsity import EMPTY, FULL, PARTIAL, closed_form
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 ISA = ISAS["generic"]
 
 

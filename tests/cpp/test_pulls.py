@@ -19,7 +19,7 @@ from attnlang.runtime.toolchain import find_compiler
 from tests.passes.test_pullback import GIVEN
 from tests.streaming_cases import TENSORS, masked
 
-from .pulls import Launches, Problem, check, compile_quickly, cotangents, gradients
+from .pulls import Launches, Problem, check, cotangents, gradients
 from .test_streams import captured
 
 Tensor = torch.Tensor
@@ -40,11 +40,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return Launches(monkeypatch)
 
 
-@pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_quickly(monkeypatch)
-
-
 def problem(
     name: str,
     mask: Expr = TRUE,
@@ -61,14 +56,14 @@ def problem(
     return Problem(Program(name, (masked(GIVEN[name], mask),), (), TENSORS), leaves | captured(hq, lq, lk))
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_reference(name: str, launches: Launches) -> None:
     check(problem(name, HOLES))
     assert launches.count == 1
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", ["columns", "entropy_alone", "decay", "dropout"])
 def test_without_a_mask(name: str, launches: Launches) -> None:
     check(problem(name))
@@ -81,7 +76,7 @@ def test_optimised_kernels(name: str, launches: Launches) -> None:
     assert launches.count == 1
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize(
     "name, mask, heads, lengths, dims",
     [
@@ -107,7 +102,7 @@ def test_every_shape(
     assert launches.count == 1
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", ["sink", "columns", "sigmoid"])
 def test_rows_without_keys_have_zero_gradients(name: str, launches: Launches) -> None:
     got = check(problem(name, HOLES))
@@ -115,7 +110,7 @@ def test_rows_without_keys_have_zero_gradients(name: str, launches: Launches) ->
     assert (got["q"][:, :, :5] == 0).all() and (got["k"][:, :, 7] == 0).all() and (got["v"][:, :, 7] == 0).all()
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", ["dropout", "gate"])
 def test_strides_and_captured_values_that_masks_hide(name: str, launches: Launches) -> None:
     made = problem(name, HOLES, heads=(4, 2))
@@ -129,7 +124,7 @@ def test_strides_and_captured_values_that_masks_hide(name: str, launches: Launch
         assert torch.equal(got[n], grad), n
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", ["gate", "cut", "columns"])
 def test_rows_whose_scores_are_all_minus_infinity(name: str, launches: Launches) -> None:
     found = GIVEN[name]
@@ -140,7 +135,7 @@ def test_rows_whose_scores_are_all_minus_infinity(name: str, launches: Launches)
     assert launches.count == 1
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["sink", "sigmoid"])
 def test_half_types_lose_no_more_than_dense_pytorch(name: str, dtype: torch.dtype, launches: Launches) -> None:
@@ -163,7 +158,7 @@ def test_half_types_lose_no_more_than_dense_pytorch(name: str, dtype: torch.dtyp
         assert (got[n] - expected).abs().max() <= 2 * (lost[n] - expected).abs().max(), n
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", ["columns", "dropout", "entropy_alone"])
 def test_gradients_are_the_same_bits_in_every_run_with_any_number_of_threads(name: str, launches: Launches) -> None:
     made = problem(name, HOLES, heads=(4, 1), lengths=(300, 300))
@@ -181,7 +176,7 @@ def test_gradients_are_the_same_bits_in_every_run_with_any_number_of_threads(nam
         assert all(torch.equal(t, other[n]) for n, t in seen[0].items())
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 def test_wide_lengths(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_common, "NARROW_LIMIT", 8)
     check(problem("dropout", HOLES))
@@ -189,7 +184,7 @@ def test_wide_lengths(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> No
     assert launches.count == 2
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("wanted", ["o", "entropy", "lse"])
 def test_gradients_of_some_outputs(wanted: str, launches: Launches) -> None:
     made = problem("both_ways", HOLES)

@@ -19,7 +19,7 @@ from attnlang.runtime.stages import softmax_roles
 from tests.stages.random_programs import random_program
 from tests.stages.test_random import gradients, leaves, results
 
-from .pulls import Launches, compile_quickly, cotangents
+from .pulls import Launches, cotangents
 
 PROGRAMS = 10 * int(os.environ.get("ATTNLANG_FUZZ", "1"))
 START = int(os.environ.get("ATTNLANG_SEED", "0"))
@@ -40,9 +40,9 @@ def programs() -> list[int]:
     return list(itertools.islice(found, PROGRAMS))
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("seed", programs())
 def test_random_programs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_quickly(monkeypatch)
     launches = Launches(monkeypatch)
     program = verify(random_program(seed))
     operands, captured, wanted = leaves(seed)

@@ -20,6 +20,8 @@ from tests.strategies import TENSORS, expressions
 from .support import check, make_call
 
 Tensor = torch.Tensor
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 CAUSAL = simple("causal", mask=op("ge", q, k))
 
 

@@ -19,7 +19,7 @@ FUZZ = int(os.environ.get("ATTNLANG_FUZZ", "1"))
 PROGRAMS = 500 * FUZZ
 CHUNK = 50
 START = int(os.environ.get("ATTNLANG_SEED", "0"))
-COMPILED = 500 * FUZZ
+COMPILED = 100 * FUZZ
 """Programs that also run as a user's would on this machine, through unoptimised kernels."""
 
 

@@ -1,6 +1,7 @@
 """Programs of the library in Triton's interpreter, against their hand-written dense definitions.
 
-Light cases, which have no construct of their own, are compared on the other backends only.
+Light cases, which have no construct of their own, are compared on the other backends only. Every second of the rest is
+run with every change, and all of them by `make test-long` and `make test-triton`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from attnlang.sparsity import analyse
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", BROAD)
+@pytest.mark.parametrize("name", [n if i % 2 else pytest.param(n, marks=pytest.mark.long) for i, n in enumerate(BROAD)])
 def test_library_program(name: str) -> None:
     instance = CASES[name].instance("tiny")
     program = program_of(instance)
