@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.bccache import Bucket
 
 from attnlang.ir import Expr, Index, Input, format_program, postorder
 from attnlang.passes.levels import Level
@@ -22,7 +24,7 @@ from .cpp_steps import epilogue, state, step_text
 from .isa import COMMON_FLAGS, Isa
 from .plan import KernelPlan, Section, Step, SweepStep
 
-__all__ = ["ENTRY", "SPACE", "emit"]
+__all__ = ["ENTRY", "SPACE", "emit", "keep_templates"]
 
 ENTRY = "attnlang_forward"
 """Name of the exported function."""
@@ -72,10 +74,35 @@ class _Loop:
     changes: bool
 
 
+class _Compiled(jinja2.FileSystemBytecodeCache):
+    """Compiled templates on disk; a folder that cannot be used costs time and nothing else."""
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        with contextlib.suppress(OSError):
+            super().load_bytecode(bucket)
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        with contextlib.suppress(OSError):
+            super().dump_bytecode(bucket)
+
+
+_compiled: _Compiled | None = None
+
+
+def keep_templates(folder: Path) -> None:
+    """Keep compiled templates, before any is rendered, in a folder only its user can write."""
+    global _compiled
+    if _compiled is None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            _compiled = _Compiled(str(folder))
+
+
 @cache
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        bytecode_cache=_compiled,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

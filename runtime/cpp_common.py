@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from attnlang.codegen.cpp import keep_templates
 from attnlang.codegen.cpp_arguments import Arguments, Field
 from attnlang.codegen.cpp_printer import ELEMENTS
 from attnlang.codegen.isa import COMMON_FLAGS, Isa
@@ -21,7 +22,7 @@ from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.ir import BOOL, INT, Program
 from attnlang.passes.widths import NARROW_LIMIT
 
-from .cache import Cache
+from .cache import Cache, default_root
 from .call import Call
 from .errors import Unavailable
 from .toolchain import compile_library, find_compiler
@@ -165,6 +166,7 @@ class KernelCache(Generic[K]):
             return found[1]
         with self._lock:
             if key not in self._found:
+                keep_templates(default_root() / "templates")
                 if len(self._found) >= self.MOST:
                     self._found.clear()
                 self._found[key] = (call.program, self._make(call, isa, wide, wanted))
