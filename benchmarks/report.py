@@ -151,9 +151,14 @@ def mechanisms(rows: Rows) -> list[str]:
     grown = [r for r in rows if r["table"] == "memory"]
     lengths = list(dict.fromkeys(r["length"] for r in grown))
     cells = []
-    for case in dict.fromkeys(r["case"] for r in grown):
-        found = {r["length"]: r for r in grown if r["case"] == case}
-        cells.append([case, *(f"{found[n]['growth_mb']:.0f}" if n in found else "-" for n in lengths)])
+    for case, train in dict.fromkeys((r["case"], r["train"]) for r in grown):
+        found = {r["length"]: r for r in grown if (r["case"], r["train"]) == (case, train)}
+        cells.append(
+            [
+                f"{case}, {'with gradients' if train else 'forward'}",
+                *(f"{found[n]['growth_mb']:.0f}" if n in found else "-" for n in lengths),
+            ]
+        )
     head = table(["forward, ms", "`attnlang`", "composition"], times)
     return (
         [*head, "", *table(["memory added by a call, MB", *(f"N = {n:,}" for n in lengths)], cells)] if cells else head
