@@ -1,10 +1,10 @@
 """The backward pass on the C++ target: one fused kernel for dq, dk, dv and the gradients of captured tensors.
 
 Query blocks are walked along the forward run map; weights are recomputed from the saved lse, or from what a plan with a
-pullback names. The query blocks of a key
-head add to dk and dv in a fixed order, each waiting at a key until the one before is past it, so gradients are the same
-bits whatever the number of threads and need no buffer but their own. Only sums that meet in one element at pairs far
-from each other (a scatter) take turns by whole blocks, with a fixed number of buffers.
+pullback names. The query blocks of a key head add to dk and dv in a fixed order, each waiting at a key until the one
+before is past it, so gradients are the same bits whatever the number of threads and need no buffer but their own. Only
+sums that meet in one element at pairs far from each other (a scatter) take turns by whole blocks, with a fixed number
+of buffers.
 """
 
 from __future__ import annotations

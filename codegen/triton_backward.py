@@ -33,7 +33,7 @@ from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, safe_name
 from .triton_runs import bounds_text
 
-__all__ = ["KEYS", "QUERIES", "GradText", "PairPrinter", "emit_keys", "emit_queries", "grad_texts", "split"]
+__all__ = ["KEYS", "QUERIES", "GradText", "PairPrinter", "emit_keys", "emit_queries", "grad_texts", "rendered"]
 
 
 class PairPrinter(TritonPrinter):
@@ -170,7 +170,7 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
     return context
 
 
-def split(line: str) -> str:
+def _split(line: str) -> str:
     """Give every argument of a long assigned call a line of its own."""
     match = re.fullmatch(r"( *)([\w, ]+ = [\w.]+\()(.*)\)\n", line)
     if len(line) <= LINE + 1 or match is None:
@@ -186,10 +186,14 @@ def split(line: str) -> str:
     return f"{indent}{head}\n" + "".join(f"{indent}    {part},\n" for part in parts) + f"{indent})\n"
 
 
+def rendered(name: str, context: dict[str, Any]) -> str:
+    """Render the template ``name`` of a backward kernel or of one like it, with no line too long."""
+    text = str(template(name).render(c=context, **context))
+    return "".join(_split(wrapped(line)) for line in text.splitlines(keepends=True))
+
+
 def _emit(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -> str:
-    context = _context(plan, config, kernel, interpreted)
-    text = str(template(f"triton_backward_{kernel}.j2").render(c=context, **context))
-    return "".join(split(wrapped(line)) for line in text.splitlines(keepends=True))
+    return rendered(f"triton_backward_{kernel}.j2", _context(plan, config, kernel, interpreted))
 
 
 def emit_queries(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:

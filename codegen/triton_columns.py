@@ -10,9 +10,9 @@ from attnlang.passes.levels import Level
 from attnlang.passes.streaming import Made, Streaming
 
 from .plan import KernelPlan
-from .triton_backward import split
+from .triton_backward import rendered
 from .triton_backward_arguments import KEYS, LOOP, BackwardArguments, Parameters
-from .triton_common import Config, comment, kernel_context, template, wrapped
+from .triton_common import Config, comment, kernel_context
 from .triton_helpers import helper_sources
 from .triton_pull import PRODUCT, PassText, PullPrinter, SumText, sum_text, tile_text
 from .triton_pull_arguments import Reads, reads_of
@@ -90,5 +90,4 @@ def emit_columns(plan: KernelPlan, config: Config, outputs: tuple[Made, ...], *,
         "arguments": column_arguments(plan, outputs),
     }
     context["helpers"] = helper_sources(printer.helpers)
-    text = str(template(f"triton_pull_{KEYS}.j2").render(c=context, **context))
-    return "".join(split(wrapped(line)) for line in text.splitlines(keepends=True))
+    return rendered(f"triton_pull_{KEYS}.j2", context)

@@ -17,9 +17,9 @@ from attnlang.passes.levels import Level
 from attnlang.passes.pullback import DP
 
 from .plan import KernelPlan, Section, Value
-from .triton_backward import PairPrinter, emit_keys, emit_queries, grad_texts, split
+from .triton_backward import PairPrinter, emit_keys, emit_queries, grad_texts, rendered
 from .triton_backward_arguments import KEYS, LOOP, QUERIES, BackwardArguments, backward_arguments, kernel_name
-from .triton_common import Config, Line, comment, kernel_context, lines, mask_text, template, wrapped
+from .triton_common import Config, Line, comment, kernel_context, lines, mask_text
 from .triton_helpers import helper_sources
 from .triton_pull_arguments import Reads, kernel_reads, last_pass, pull_arguments, reads_of, swept
 from .triton_runs import bounds_text
@@ -190,9 +190,7 @@ def emit_pull(plan: KernelPlan, config: Config, kernel: str, *, interpreted: boo
 
     ``config.block_m`` must be at most ``config.block_n`` where gradients are summed along diagonals.
     """
-    context = _context(plan, config, kernel, interpreted)
-    text = str(template(f"triton_pull_{kernel}.j2").render(c=context, **context))
-    return "".join(split(wrapped(line)) for line in text.splitlines(keepends=True))
+    return rendered(f"triton_pull_{kernel}.j2", _context(plan, config, kernel, interpreted))
 
 
 def emit_backward(plan: KernelPlan, config: Config, kernel: str, *, interpreted: bool = False) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from .bind import Binder, Bound
 from .call import Call
 from .runs import run_maps
 
-__all__ = ["LIBRARY", "Site", "attend", "register", "site_of"]
+__all__ = ["ARGS", "LIBRARY", "Site", "attend", "define", "no_gradients", "register", "site_of"]
 
 Tensor = torch.Tensor
 
@@ -91,12 +91,24 @@ def site_of(handle: int) -> Site:
 
 
 LIBRARY = torch.library.Library("attnlang", "DEF")
-_ARGS = "Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] ints, float[] floats, float scale, int handle"
-LIBRARY.define(f"attend({_ARGS}) -> (Tensor, Tensor)")
-LIBRARY.define(
-    f"attend_backward(Tensor do, Tensor dlse, Tensor o, Tensor lse, {_ARGS}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor[])"
-)
+ARGS = "Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] ints, float[] floats, float scale, int handle"
+"""What every operator of ours takes of a call."""
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an operator with what it does, and with what its results look like for graph capture."""
+    LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnlang::{name}", fake, lib=LIBRARY)
+
+
+def no_gradients(ctx: Any) -> tuple[Any, ...]:
+    """What a backward says of ints, floats, scale and handle, which have no gradients.
+
+    PyTorch takes a list of numbers for one argument, but an empty list for a list of tensors.
+    """
+    return *(None if numbers else [] for numbers in (ctx.ints, ctx.floats)), None, None
 
 
 def _forward(
@@ -172,14 +184,16 @@ def _autograd_backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tupl
         do, dlse, o, lse, q, k, v, captured, ctx.ints, ctx.floats, ctx.scale, ctx.handle, ctx.needs
     )
     grads = [g if need else None for g, need in zip(rest, ctx.needs, strict=True)]
-    # PyTorch takes a list of numbers for one argument, but an empty list for a list of tensors
-    none: list[list[Any] | None] = [None if numbers else [] for numbers in (ctx.ints, ctx.floats)]
-    return dq, dk, dv, grads, *none, None, None
+    return dq, dk, dv, grads, *no_gradients(ctx)
 
 
-for _name, _run, _fake in (("attend", _forward, _fake_forward), ("attend_backward", _backward, _fake_backward)):
-    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnlang::{_name}", _fake, lib=LIBRARY)
+define(f"attend({ARGS}) -> (Tensor, Tensor)", _forward, _fake_forward)
+define(
+    f"attend_backward(Tensor do, Tensor dlse, Tensor o, Tensor lse, {ARGS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
+    _backward,
+    _fake_backward,
+)
 torch.library.register_autograd("attnlang::attend", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)
 
 attend = torch.ops.attnlang.attend

@@ -15,30 +15,18 @@ from attnlang.ir import Attend, Environment, Map, Pool, Select, evaluate, output
 
 from . import layouts
 from .eager import compute_dtype
-from .op import LIBRARY, site_of
+from .op import ARGS, LIBRARY, define, no_gradients, site_of
 
 __all__ = ["run"]
 
 Tensor = torch.Tensor
 
-_ARGS = "Tensor q, Tensor k, Tensor v, Tensor[] captured, SymInt[] ints, float[] floats, float scale, int handle"
-LIBRARY.define(f"run({_ARGS}) -> Tensor[]")
-LIBRARY.define(f"run_backward(Tensor[] grads, bool[] given, {_ARGS}, bool[] needs) -> Tensor[]")
 
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captured: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
-    scale: float,
-    handle: int,
-) -> list[Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, captured: Sequence[Tensor], *numbers: Any) -> list[Tensor]:
+    *rest, handle = numbers
     site = site_of(handle)
     with torch.no_grad():
-        made = layouts.run(site.call((q, k, v), captured, ints, floats, scale), site.layout, site.backend)
+        made = layouts.run(site.call((q, k, v), captured, *rest), site.layout, site.backend)
     inputs = {t.untyped_storage().data_ptr() for t in (q, k, v, *captured)}
     # a result that is a view of an argument would break the promise that results are new
     return [t.clone() if t.untyped_storage().data_ptr() in inputs else t for t in made.values()]
@@ -127,14 +115,11 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         every, given, q, k, v, captured, ctx.ints, ctx.floats, ctx.scale, ctx.handle, ctx.needs
     )
     dq, dk, dv, *rest = (g if need else None for g, need in zip(found, ctx.needs, strict=True))
-    # PyTorch takes a list of numbers for one argument, but an empty list for a list of tensors
-    none: list[list[Any] | None] = [None if numbers else [] for numbers in (ctx.ints, ctx.floats)]
-    return dq, dk, dv, rest, *none, None, None
+    return dq, dk, dv, rest, *no_gradients(ctx)
 
 
-for _name, _run, _fake in (("run", _forward, _fake_forward), ("run_backward", _backward, _fake_backward)):
-    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnlang::{_name}", _fake, lib=LIBRARY)
+define(f"run({ARGS}) -> Tensor[]", _forward, _fake_forward)
+define(f"run_backward(Tensor[] grads, bool[] given, {ARGS}, bool[] needs) -> Tensor[]", _backward, _fake_backward)
 torch.library.register_autograd("attnlang::run", _autograd_backward, setup_context=_setup_context, lib=LIBRARY)
 
 run = torch.ops.attnlang.run

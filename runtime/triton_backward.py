@@ -49,17 +49,19 @@ _kernels: Kernels[Pair] = Kernels()
 
 
 def kernels_of(call: Call, target: str, wanted: tuple[str, ...]) -> Pair:
+    """The backward kernels of a call with gradients of the captured tensors ``wanted``."""
+
     def make() -> Pair:
         plan = plan_of(call, backward=True, captured_grads=wanted)
-        queries = Kernel(
-            call.program,
-            plan,
-            target,
-            candidates(plan, QUERIES, target),
-            functools.partial(emit_backward, kernel=QUERIES),
-        )
-        keys = Kernel(
-            call.program, plan, target, candidates(plan, KEYS, target), functools.partial(emit_backward, kernel=KEYS)
+        queries, keys = (
+            Kernel(
+                call.program,
+                plan,
+                target,
+                candidates(plan, which, target),
+                functools.partial(emit_backward, kernel=which),
+            )
+            for which in (QUERIES, KEYS)
         )
         return Pair(plan, queries, keys)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 from attnlang.ir import Expr, substitute
 from attnlang.ir.build import op
 from attnlang.ir.build import s as RAW_SCORE
-from attnlang.ir.stages import RAW
 
-from .factors import SHIFTED
-from .pullback import LOGIT
+from .pullback import LOGIT, pair_value
 from .simplify import simplify
 from .streaming import Accumulator, Streaming, accumulated
 
@@ -29,11 +27,8 @@ def column_values(stream: Streaming, score: Expr) -> tuple[tuple[Accumulator, Ex
     for a in stream.accumulators:
         if a.over != "q":
             continue
-        names: dict[Expr, Expr] = {RAW_SCORE: LOGIT, RAW: RAW_SCORE}
-        if stream.shift is not None:
-            final = stream.settled or accumulated(stream.shift)
-            names[SHIFTED] = op("exp", op("sub", LOGIT, final))
-        value = substitute(substitute(a.value, names), {LOGIT: score})
+        final = None if stream.shift is None else stream.settled or accumulated(stream.shift)
+        value = substitute(pair_value(a.value, final), {LOGIT: score})
         if score is not RAW_SCORE:  # in a row where all scores are minus infinity, so is what they are relative to
             value = op("where", op("ne", score, float("-inf")), value, a.identity)
         found.append((a, simplify(value)))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attnlang.ir import FLOAT, Const, Expr, Op, postorder
+from attnlang.ir import Expr, Op, postorder
 from attnlang.ir.build import op
 
+from .factors import ONE, ZERO
 from .simplify import simplify
 
 __all__ = ["linear"]
 
-ZERO, ONE = Const(0.0, FLOAT), Const(1.0, FLOAT)
 Parts = dict[Expr | None, Expr]
 """Coefficients by input; None is what reads no input."""
 

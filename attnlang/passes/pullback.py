@@ -42,6 +42,7 @@ __all__ = [
     "Sweep",
     "cotangent",
     "is_zero",
+    "pair_value",
     "pullback",
     "row_outputs",
     "saved",
@@ -162,6 +163,15 @@ def settled_of(stream: Streaming) -> dict[Expr, Expr]:
     return {stream.settled: SETTLED}
 
 
+def pair_value(value: Expr, shift: Expr | None) -> Expr:
+    """What a pair brings to an accumulator, in terms of the raw score ``s`` and :data:`LOGIT`, with exponentials
+    relative to ``shift``."""
+    names: dict[Expr, Expr] = {RAW_SCORE: LOGIT, RAW: RAW_SCORE}
+    if shift is not None:
+        names[SHIFTED] = op("exp", op("sub", LOGIT, shift))
+    return substitute(value, names)
+
+
 def _values(stream: Streaming) -> dict[str, Expr]:
     """What a pair brings to every accumulator, in terms of the raw score ``s`` and :data:`LOGIT`."""
     settled = settled_of(stream)
@@ -171,11 +181,7 @@ def _values(stream: Streaming) -> dict[str, Expr]:
         if stream.shift is not None:
             shift = accumulated(stream.shift) if number == 0 or not settled else SETTLED
         for a in accumulators:
-            value = substitute(a.value, settled)
-            names: dict[Expr, Expr] = {RAW_SCORE: LOGIT, RAW: RAW_SCORE}
-            if shift is not None:
-                names[SHIFTED] = op("exp", op("sub", LOGIT, shift))
-            found[a.name] = substitute(value, names)
+            found[a.name] = pair_value(substitute(a.value, settled), shift)
     return found
 
 
