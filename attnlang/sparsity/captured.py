@@ -92,7 +92,8 @@ class Captured:
         """Values for minima and for maxima: NaN never hides a number."""
         if not self.nan:
             return self.values, self.values
-        return np.nan_to_num(self.values, nan=np.inf), np.nan_to_num(self.values, nan=-np.inf)
+        missing = np.isnan(self.values)
+        return np.where(missing, np.inf, self.values), np.where(missing, -np.inf, self.values)
 
     @cached_property
     def whole(self) -> Any:
@@ -121,8 +122,9 @@ class Captured:
         clamped = [self._clamp(r, n) for r, n in zip(ranges, self.shape, strict=True)]
         ranged = [d for d, r in enumerate(clamped) if r.lo is not r.hi and not np.array_equal(r.lo, r.hi)]
         if not ranged:
-            value = self.values[tuple(r.lo for r in clamped)]
-            return self._pack(value.item(), value.item()) if np.ndim(value) == 0 else self._pack(value, value)
+            at = tuple(r.lo for r in clamped)
+            low, high = (values[at] for values in self._sorted_values)
+            return self._pack(low.item(), high.item()) if np.ndim(low) == 0 else self._pack(low, high)
         full = [Interval(*(np.broadcast_to(np.asarray(x, np.int64), (count,)) for x in r)) for r in clamped]
         return self._line(full, ranged[0]) if len(ranged) == 1 else self._box(full)
 

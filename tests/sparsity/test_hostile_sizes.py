@@ -10,7 +10,7 @@ import torch
 from mask_programs import exact_kinds, violations
 
 from attnlang.ir import BOOL, FLOAT, INT, Load, Param, ScalarParam, Size, TensorParam, UsageError, dense_mask, simple
-from attnlang.ir.build import all_of, const, k, op, q
+from attnlang.ir.build import all_of, cast, const, k, op, q
 from attnlang.sparsity import PARTIAL, analyse, classify_tile, settle
 
 LAST = 2**31 - 1
@@ -71,6 +71,15 @@ def test_bad_floats_stay_sound(value: float) -> None:
         runs = analyse(program, sizes(32, 32), {}, {"bias": numbers}, (8, 8))
         assert violations(runs.dense_kinds(), exact) == 0
         assert (settle(program, runs, sizes(32, 32), {}, {"bias": numbers}).dense_kinds() == exact).all()
+
+
+def test_one_element_that_is_nan_may_be_any_number() -> None:
+    """Seed 109,446 of the fuzz: a tensor that every pair reads the same element of; int(NaN) is 0."""
+    bias = TensorParam("bias", FLOAT, (Size("Lk"),))
+    program = simple("nan", mask=op("ne", op("sub", q, 1), cast(Load("bias", (q,), FLOAT), INT)), tensors=(bias,))
+    tensors = {"bias": torch.tensor([math.nan])}
+    exact = exact_kinds(dense_mask(program, sizes(8, 1), {}, tensors), (4, 4))
+    assert violations(analyse(program, sizes(8, 1), {}, tensors, (4, 4)).dense_kinds(), exact) == 0
 
 
 def test_a_float_comparison_too_close_for_float32_is_left_to_the_kernel() -> None:
