@@ -75,6 +75,8 @@ def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
     names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.sizes))
     fields += [Field(f"n_{name}", "int64", ("size", name)) for name in names]
     fields += [Field("k_batches", "int64", ("extent", "k", "0")), Field("scale", "double", ("scale",))]
+    if plan.key_row is not None:
+        fields.append(Field("k_rows", "int64", ("extent", "k", "2")))
     if plan.run_bounds("k") is None:
         fields += [Field(name, "const int *", ("runs", name)) for name in TABLE]
         fields += [Field(name, "int64", ("runs", name)) for name in ("map_batch", "map_heads")]

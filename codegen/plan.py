@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from attnlang.ir import (
     FLOAT,
+    KEY_ADDRESS,
     Const,
     Expr,
     Index,
@@ -51,7 +52,9 @@ class KernelPlan:
     ``outer`` and ``loop`` name the axes of the parallel and the sequential loop. ``grid`` values are computed once per
     (b, h), ``row`` values once per query; ``full`` and ``partial`` inside the key loop. ``score`` is None where the
     score is the raw score, ``mask`` None where every pair is visible. ``sizes`` lists the sizes expressions read, in
-    argument order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head.
+    argument order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head, and in
+    forward plans a COL-level one for the row, ``key_row``, None where key k is row k; ``key_values`` are the statements
+    that it needs.
 
     ``runs`` holds the bounds a kernel computes its runs from, by the axis of its inner loop; a kernel over an axis
     without them reads a run table.
@@ -81,6 +84,8 @@ class KernelPlan:
     mask: Expr | None
     key_batch: Expr
     key_head: Expr
+    key_row: Expr | None = None
+    key_values: tuple[Value, ...] = ()
     dscore: Expr | None = None
     grads: tuple[CapturedGrad, ...] = ()
     runs: tuple[RunBounds, ...] = ()
@@ -112,6 +117,11 @@ class KernelPlan:
     def plain(self) -> bool:
         """Whether a forward kernel that knows nothing but the two sums of softmax, o and lse can run this plan."""
         return self.stream is not None and self.program.standard
+
+    @property
+    def default_heads(self) -> bool:
+        """Whether batch element and head of keys are the usual ones, which exist."""
+        return (self.key_batch, self.key_head) == (KEY_ADDRESS.batch, simplify(KEY_ADDRESS.head))
 
     @property
     def binary(self) -> bool:
@@ -240,7 +250,9 @@ def make_plan(
     program = map_program(program, simplify)
     (term,) = program.attend.terms
     score, mask = program.score, program.mask
-    addresses = (term.right.address.batch, simplify(term.right.address.head))
+    batch, head, row = term.right.address
+    addresses = (batch, simplify(head))
+    key_row = None if row is Index("k") or backward or columns else simplify(row)
     pull = pullback(program.attend) if backward and not program.standard else None
     dscore = derivatives(score, (RAW_SCORE,))[RAW_SCORE] if backward and pull is None else None
     sums = column_values(streaming(program.attend), score) if columns else ()
@@ -262,7 +274,8 @@ def make_plan(
     if stream is not None and saves:
         stream = saving(stream)
     made = () if stream is None else (*_pair_roots(stream), *_row_roots(stream))
-    roots = (*hooks, *made, *addresses)
+    moved = () if key_row is None else (key_row,)
+    roots = (*hooks, *made, *addresses, *moved)
     forms = forms_of(program, closed)
     bounds = assumptions((*roots, *(e for form in forms for e in form.exprs)), storage, wide=wide)
     if forms:
@@ -279,7 +292,8 @@ def make_plan(
     sizes = tuple(dict.fromkeys(n.name for n in _find(Size, *roots) if isinstance(n, Size)))
 
     taken = (*(t.name for t in tensors), *(p.name for p in scalars), *sizes)
-    names = value_names(taken, (*hooks, *made), runs, level_of)
+    named = (*hooks, *made, *moved)
+    names = value_names(taken, named, runs, level_of)
     known_after = _passes(stream, pull, names)
 
     def values(level: Level, of: tuple[Expr, ...], after: int | None = 0) -> tuple[Value, ...]:
@@ -310,14 +324,16 @@ def make_plan(
         tensors=tensors,
         scalars=scalars,
         sizes=sizes,
-        grid=values(Level.GRID, (*hooks, *made)),
-        row=values(Level.ROW, (*hooks, *made)),
+        grid=values(Level.GRID, named),
+        row=values(Level.ROW, named),
         full=section(score_roots),
         partial=section((*score_roots, mask)),
         score=None if score is RAW_SCORE else score,
         mask=None if mask is TRUE else mask,
         key_batch=addresses[0],
         key_head=addresses[1],
+        key_row=key_row,
+        key_values=values(Level.COL, moved),
         dscore=None if dscore is Const(1.0, FLOAT) else dscore,
         grads=grads,
         runs=runs,

@@ -23,6 +23,7 @@ from .triton_common import (
     lines,
     mask_text,
     padded,
+    sizes_given,
     template,
     wrapped,
 )
@@ -64,6 +65,12 @@ def _operands(plan: KernelPlan, config: Config) -> list[tuple[str, str]]:
     return pairs + [(f"{t}_stride_{a}", f"{t}.stride({d})") for t in "qkvo" for d, a in enumerate("bhnd")]
 
 
+def _key_extents(plan: KernelPlan) -> list[tuple[str, int]]:
+    """Extents of k that addresses are moved into, with their dimensions."""
+    heads = [] if plan.default_heads else [("k_batches", 0), ("k_heads", 1)]
+    return [*heads, ("k_rows", 2)] if plan.key_row is not None else heads
+
+
 def arguments(plan: KernelPlan, config: Config) -> Arguments:
     """Return the parameters of the kernel of ``plan``."""
     pairs = [*_operands(plan, config), ("scale", "scale")]
@@ -77,14 +84,15 @@ def arguments(plan: KernelPlan, config: Config) -> Arguments:
         loose += [f"{name}_size{d}" for d in range(tensor.rank)]
         host.append(name)
     scalars = [safe_name(p.name) for p in plan.scalars]
-    extra = [n for n in plan.sizes if n not in KNOWN_SIZES]
+    extra = sizes_given(plan)
     sizes = list(dict.fromkeys(("H", "Lq", "Lk", *plan.sizes)))
     pairs += [(n, n) for n in scalars]
-    pairs += [(safe_name(n), KNOWN_SIZES.get(n, safe_name(n))) for n in sizes]
+    pairs += [(safe_name(n), safe_name(n) if n in extra else KNOWN_SIZES[n]) for n in sizes]
+    pairs += [(n, f"k.shape[{d}]") for n, d in _key_extents(plan)]
     table = table_arguments(plan, "k")
     pairs += [(n, n) for n in table]
     host += [*scalars, *map(safe_name, extra), *table]
-    loose += [*scalars, *map(safe_name, sizes), *table[4:]]
+    loose += [*scalars, *map(safe_name, sizes), *(n for n, _ in _key_extents(plan)), *table[4:]]
     return Arguments(
         kernel=tuple(name for name, _ in pairs),
         host=tuple(host),
@@ -123,11 +131,16 @@ def _mask_lines(text: str) -> list[str]:
 def section_text(printer: TritonPrinter, source: Section, roots: tuple[Expr | None, ...]) -> dict[str, Any]:
     """What a template needs to print one key loop that computes ``roots``."""
     printer.used.clear()
-    col, pair = lines(printer, source.col), lines(printer, source.pair)
+    plan = printer.plan
+    early = lines(printer, plan.key_values)
+    row = "" if plan.key_row is None else printer.text(plan.key_row, Level.COL)
+    col = lines(printer, (v for v in source.col if v not in plan.key_values))
+    pair = lines(printer, source.pair)
     for root in roots:
         if root is not None:
             printer.text(root, Level.PAIR)
-    return {"col": col, "pair": pair, "reads_k": "k_idx" in printer.used, "distance": "k_distance" in printer.used}
+    used = {"reads_k": "k_idx" in printer.used, "distance": "k_distance" in printer.used}
+    return {"key_values": early, "key_row": row, "col": col, "pair": pair, **used}
 
 
 def score_text(printer: TritonPrinter, plan: KernelPlan) -> dict[str, Any]:

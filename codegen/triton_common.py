@@ -28,6 +28,7 @@ __all__ = [
     "lines",
     "mask_text",
     "padded",
+    "sizes_given",
     "template",
     "wrapped",
 ]
@@ -39,6 +40,14 @@ WIDTH = 110
 
 KNOWN_SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": "k.shape[1]", "Lk": "k.shape[2]"}
 """Sizes that the shapes of q and k give, with the host expressions that read them."""
+
+
+def sizes_given(plan: KernelPlan) -> list[str]:
+    """Return the sizes that a launch is told, since the shapes of q and k do not say them."""
+    moved = ["Lk"] if plan.key_row is not None else []  # then k has rows, and not a row for each key
+    return [*moved, *(n for n in plan.sizes if n not in KNOWN_SIZES)]
+
+
 RUN_TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
 """Parameters that hold the run map: four int32 tensors, then numbers."""
 
@@ -108,6 +117,12 @@ def as_tensor(text: str) -> str:
     return f"tl.full([], {text}, tl.int32)" if text.lstrip("-").isdigit() else text
 
 
+def _clamped(plan: KernelPlan, text: str, extent: str) -> str:
+    if plan.default_heads or plan.stream is None:
+        return text
+    return f"tl.minimum(tl.maximum({text}, 0), {extent} - 1).to(tl.int32)"
+
+
 def wrapped(line: str) -> str:
     """Break a long assignment of one call after its opening bracket."""
     match = re.fullmatch(r"( *)([\w, ]+ = [\w.]+\()(.*)\)\n", line)
@@ -137,8 +152,9 @@ def kernel_context(plan: KernelPlan, config: Config, printer: TritonPrinter, *, 
         "wide": ".to(tl.int64)" if plan.wide else "",
         "program_text": _program_lines(plan),
         "about": f"{plan.dtype}, head dimension {plan.head_dim}, value dimension {plan.value_dim}.",
-        "key_batch": as_tensor(printer.text(plan.key_batch, Level.GRID)),
-        "key_head": as_tensor(printer.text(plan.key_head, Level.GRID)),
+        "key_batch": _clamped(plan, as_tensor(printer.text(plan.key_batch, Level.GRID)), "k_batches"),
+        "key_head": _clamped(plan, as_tensor(printer.text(plan.key_head, Level.GRID)), "k_heads"),
+        "key_rows_doc": "Lk" if plan.key_row is None else "rows",
         "scored": plan.score is not None,
         "grid_values": lines(printer, plan.grid),
     }

@@ -17,6 +17,7 @@ from attnlang.ir import KEY_ADDRESS, QUERY_ADDRESS, Attend, Operand, Program
 from attnlang.passes.pullback import Pullback, pullback, saved
 from attnlang.passes.streaming import Unstreamable, streaming
 
+from .addresses import fits, readable
 from .call import Call
 from .captured_grads import Gradients
 from .errors import Unavailable
@@ -60,9 +61,9 @@ def _rows(stage: Attend) -> Operand | None:
     except Unstreamable as error:
         raise Unavailable(str(error)) from error
     (term,) = stage.terms
-    if term.left.index != QUERY_ADDRESS or term.right.index != KEY_ADDRESS:
+    if term.left.index != QUERY_ADDRESS or not readable(term.right):
         raise Unavailable("its score reads rows at addresses of their own")
-    if found is not None and found.index != KEY_ADDRESS:
+    if found is not None and found.index != term.right.index:
         raise Unavailable("it sums rows at addresses of their own")
     return found
 
@@ -79,6 +80,8 @@ def has_kernel(stage: Attend) -> bool:
 @functools.lru_cache(maxsize=256)
 def _pull(stage: Attend) -> Pullback | None:
     """The backward pass of the stage for kernels, None where they have none."""
+    if any(x.index != KEY_ADDRESS for x in (stage.terms[0].right, _rows(stage)) if x is not None):
+        return None
     try:
         return pullback(stage)
     except Unstreamable:
@@ -108,8 +111,8 @@ class StageKernel:
         (term,), values = self.stage.terms, _rows(self.stage)
         q, k = (work.env.rows(x.source).to(self.call.q.dtype) for x in (term.left, term.right))
         v = k if values is None else work.env.rows(values.source).to(self.call.q.dtype)
+        _check(q, k, v, work.env.sizes, term.right)
         sizes = {**work.env.sizes, "Hkv": k.shape[1]}
-        _check(q, k, v, sizes)
         return replace(self.call, program=self.program, q=q, k=k, v=v, sizes=sizes, tensors=work.env.tensors)
 
     def outputs(self, work: Work) -> dict[str, Tensor] | None:
@@ -192,9 +195,9 @@ def kernel_of(call: Call, alone: Program, work: Work, backend: str | None) -> St
     return StageKernel(call, alone, work.stage, chosen, backend is not None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sizes: dict[str, int]) -> None:
-    b, h, lq, lk = (sizes[n] for n in ("B", "H", "Lq", "Lk"))
-    if q.shape[:3] != (b, h, lq) or k.shape[0] != b or k.shape[2] != lk or v.shape[:3] != k.shape[:3]:
+def _check(q: Tensor, k: Tensor, v: Tensor, sizes: Mapping[str, int], keys: Operand) -> None:
+    b, h, lq = (sizes[n] for n in ("B", "H", "Lq"))
+    if q.shape[:3] != (b, h, lq) or v.shape[:3] != k.shape[:3] or not fits(keys, k, sizes):
         raise Unavailable("its operands have other shapes than the stage")
-    if q.shape[3] != k.shape[3] or not k.shape[1] or h % k.shape[1]:
+    if q.shape[3] != k.shape[3]:
         raise Unavailable("its operands do not fit each other")

@@ -68,7 +68,7 @@ def _start(out: Made, plan: KernelPlan, call: Call) -> Tensor:
     batch, heads, length, _ = call.q.shape
     if (column := _column(out, plan)) is not None:
         shares = max(1, SHARES // max(1, batch * heads))
-        return torch.full((shares, batch, heads, call.k.shape[2]), column.identity, dtype=torch.float32)
+        return torch.full((shares, batch, heads, call.sizes["Lk"]), column.identity, dtype=torch.float32)
     if out.rows is not None:
         return torch.empty((batch, heads, length, call.v.shape[3]), dtype=call.q.dtype)
     return torch.empty((batch, heads, length), dtype=torch.int64 if out.integer else torch.float32)
@@ -116,7 +116,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         o = torch.empty((*call.q.shape[:3], call.v.shape[3]), dtype=call.q.dtype)
         return o, torch.empty(call.q.shape[:3], dtype=torch.float32)
     made = outputs(call)
-    blind = call.k.shape[2] > 0 and made["lse"][-1, -1, -1] == -math.inf  # most calls are past it with one number
+    blind = call.sizes["Lk"] > 0 and made["lse"][-1, -1, -1] == -math.inf  # most calls are past it with one number
     if blind and call.closed("k") and bool((made["lse"] == -math.inf).all()):
         warn_blind(call.program.mask, call.program.name)  # no run map was made, which would have said so
     return made["o"], made["lse"]
@@ -135,7 +135,8 @@ def outputs(call: Call) -> dict[str, Tensor]:
         raise Unavailable(f"the C++ backend runs on CPU tensors, q is on {call.q.device}")
     isa = select_isa(max(1, call.q.shape[2]), call.key_tile)
     kernel = _kernels.get(call, isa)
-    if call.q.dtype is torch.bfloat16 and _use_matrix(call.q.shape[2]) and kernel.plan.plain:
+    packable = kernel.plan.plain and kernel.plan.key_row is None
+    if call.q.dtype is torch.bfloat16 and packable and _use_matrix(call.q.shape[2]):
         isa = AMX
         kernel = _kernels.get(call, isa)
     if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:

@@ -37,6 +37,8 @@ from attnlang.ir.build import op
 from attnlang.ir.build import s as SCORE
 from attnlang.passes.linear import linear
 
+from .addresses import fits, queries_fit
+
 __all__ = ["at_default_addresses", "joined", "one_hot"]
 
 Tensor = torch.Tensor
@@ -64,13 +66,10 @@ def _whole(stage: Attend, env: Environment) -> tuple[Environment, Region]:
 
 def _fits(operand: Operand, env: Environment, region: Region, axis: str) -> bool:
     """Whether a kernel can read the operand as it is."""
-    t = env.rows(operand.source)
-    b, h, lq, lk = region.shape
-    if t.dim() != 4 or t.shape[0] != b:
-        return False
+    sizes = dict(zip(("B", "H", "Lq", "Lk"), region.shape, strict=True))
     if axis == "q":
-        return operand.index == QUERY_ADDRESS and tuple(t.shape[1:3]) == (h, lq)
-    return operand.index == KEY_ADDRESS and t.shape[2] == lk and t.shape[1] > 0 and h % t.shape[1] == 0
+        return queries_fit(operand, env.rows(operand.source), sizes)
+    return operand.index == KEY_ADDRESS and fits(operand, env.rows(operand.source), sizes)
 
 
 def at_default_addresses(stage: Attend, env: Environment) -> tuple[Attend, dict[str, Tensor]]:

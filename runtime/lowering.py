@@ -30,6 +30,7 @@ from attnlang.ir import (
 from attnlang.ir.build import b, h, q
 from attnlang.passes.simplify import map_record
 
+from .addresses import in_place
 from .gathers import at_default_addresses, joined, one_hot
 
 __all__ = ["Lowered", "apart", "lowered", "with_products"]
@@ -123,6 +124,16 @@ class Lowered:
     after: Mapping[str, Callable[[Tensor], Tensor]]
 
 
+def _recorded(env: Environment) -> bool:
+    """Whether gradients may be asked for, whose kernels read rows at the usual addresses only."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*env.operands.values(), *env.tensors.values()))
+
+
+def _in_place(stage: Attend, env: Environment) -> bool:
+    lq, lk = (int(evaluate(e, env)) for e in stage.lengths)
+    return in_place(stage, env, {**env.sizes, "Lq": lq, "Lk": lk})
+
+
 def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
     """Rewrite ``stage`` as far as that brings it closer to kernels; ``scale`` multiplies its first score term."""
     made: dict[str, Tensor] = {}
@@ -132,8 +143,9 @@ def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
 
     stage, more = with_products(stage, env)
     made |= more
-    stage, more = at_default_addresses(stage, here())
-    made |= more
+    if _recorded(env) or not _in_place(stage, here()):
+        stage, more = at_default_addresses(stage, here())
+        made |= more
     stage, more = joined(stage, here(), scale)
     made |= more
     keys = here().rows(stage.terms[0].right.source)

@@ -76,7 +76,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
     if lse.numel() == 0:
         return o, lse
-    if call.k.shape[2] == 0:
+    if call.sizes["Lk"] == 0 or call.k.shape[2] == 0:
         return o.zero_(), lse.fill_(-torch.inf)
     kernel = _kernel(call, target, _use_descriptors(call, o, target))
     q, scale = _positive_scale(call.q, call.scale)
@@ -117,8 +117,8 @@ def outputs(call: Call) -> dict[str, Tensor]:
     if columns and not call.saves:  # sums over queries start from what is saved of the rows
         made = outputs(replace(call, saves=True))
         return {out.name: made[out.name] for out in stream.outputs}
-    shape, lk = call.q.shape[:3], call.k.shape[2]
-    if shape.numel() == 0 or lk == 0:
+    shape, keys = call.q.shape[:3], (call.sizes["Lk"], call.k.shape[2])
+    if shape.numel() == 0 or 0 in keys:
         raise Unavailable("there is nothing to launch a kernel for")
     outs = row_outputs(stream)
     made = {

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 
 from attnlang.codegen.plan import KernelPlan, make_plan
-from attnlang.codegen.triton_common import Config, padded
+from attnlang.codegen.triton_common import Config, padded, sizes_given
 from attnlang.codegen.triton_tiles import INTERPRETED, settle
 from attnlang.ir import INT, Program
 from attnlang.passes.widths import NARROW_LIMIT
@@ -290,7 +290,7 @@ def captured_arguments(call: Call, plan: KernelPlan) -> list[Any]:
     for param in plan.scalars:
         value = call.params[param.name]
         values.append(int(value) if param.type is not INT and isinstance(value, bool) else value)
-    values += [call.sizes[n] for n in plan.sizes if n not in ("B", "H", "Hkv", "Lq", "Lk")]
+    values += [call.sizes[n] for n in sizes_given(plan)]
     return values
 
 

@@ -6,8 +6,10 @@ import ast
 from collections.abc import Iterator
 
 import pytest
+from address_cases import TEXT
 from streaming_cases import CASES, TENSORS, masked
 
+import attnlang as al
 from attnlang.codegen.offline import Compiler, compile_plan
 from attnlang.codegen.offline_backward import compile_backward, compile_columns
 from attnlang.codegen.plan import KernelPlan, make_plan
@@ -84,3 +86,12 @@ def test_names_of_the_kernels_are_reserved(name: str) -> None:
         own |= {n.id for n in ast.walk(kernel) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         own -= values | {n for n in own if n.startswith(tuple(f"{t.name}_" for t in TENSORS))}
         assert [n for n in own if n not in RESERVED and not own_name(n) and not n.endswith("_")] == []
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_keys_at_addresses_of_their_own_compile(compiler: Compiler, target: str) -> None:
+    program = al.parse(TEXT, "one_batch")
+    plan = make_plan(program, dtype="bfloat16", head_dim=64, value_dim=64, storage={"page": "int32"})
+    made = compile_plan(plan, target, descriptors=False, compiler=compiler)
+    assert made.shared_bytes <= shared_limit(target)
+    assert made.mma
