@@ -144,5 +144,5 @@ def _write(printer: CppPrinter, out: Made) -> str:
         return f"factor[w] = {text};"
     if out.integer:
         assert isinstance(out.value, Input)
-        return f"put(a.y_{out.name} + row, rows.{out.value.name}_at[w], first + w * LANES, a.n_Lq);"
-    return f"put(a.y_{out.name} + row, {printer.text(out.value, Level.ROW)}, first + w * LANES, a.n_Lq);"
+        return f"put(a.y_{out.name} + row, rows.{out.value.name}_at[w], places + w * LANES, count - w * LANES);"
+    return f"put(a.y_{out.name} + row, {printer.text(out.value, Level.ROW)}, places + w * LANES, count - w * LANES);"

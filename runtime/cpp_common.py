@@ -25,6 +25,7 @@ from attnlang.passes.widths import NARROW_LIMIT
 from .cache import Cache, default_root
 from .call import Call
 from .errors import Unavailable
+from .team import team
 from .toolchain import compile_library, find_compiler
 
 __all__ = ["KernelCache", "Loaded", "Schedule", "is_wide", "plan_of", "schedule_of"]
@@ -121,7 +122,7 @@ class Loaded:
         except OSError as error:
             raise Unavailable(f"the compiled kernel cannot be loaded: {error}") from error
         self._entry = getattr(self.library, entry)
-        self._entry.argtypes = (ctypes.c_char_p, ctypes.c_int)
+        self._entry.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
         self._entry.restype = None
 
     def run(self, call: Call, tensors: Mapping[str, Tensor], schedule: Schedule | None, threads: int) -> None:
@@ -129,7 +130,9 @@ class Loaded:
 
         ``schedule`` is what :func:`schedule_of` gave for this kernel.
         """
-        self._entry(self._pack(*(get(call, tensors, schedule) for get in self._getters)), threads)
+        record = self._pack(*(get(call, tensors, schedule) for get in self._getters))
+        shared = team() if threads > 1 else 0
+        self._entry(record, torch.get_num_threads() if shared else threads, shared)
 
 
 def _built(plan: KernelPlan, isa: Isa, source: str) -> Path:

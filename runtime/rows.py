@@ -17,6 +17,7 @@ from attnlang.codegen.isa import COMMON_FLAGS
 from .cache import Cache
 from .cpp_common import LIBRARY
 from .errors import Unavailable
+from .team import team
 from .toolchain import compile_library, find_compiler
 
 __all__ = ["Job", "move"]
@@ -48,7 +49,9 @@ def move(jobs: Sequence[Job]) -> None:
     if not total:
         return
     arguments = np.array([record.ctypes.data, len(keep), BLOCK, -(-most // BLOCK)], np.int64)
-    helper(arguments.ctypes.data, min(torch.get_num_threads(), 1 + total // THREAD_BYTES))
+    threads = min(torch.get_num_threads(), 1 + total // THREAD_BYTES)
+    shared = team() if threads > 1 else 0
+    helper(arguments.ctypes.data, torch.get_num_threads() if shared else threads, shared)
 
 
 def _record(source: Tensor, target: Tensor, order: Tensor) -> tuple[int, ...]:
@@ -60,7 +63,7 @@ def _record(source: Tensor, target: Tensor, order: Tensor) -> tuple[int, ...]:
 
 
 @functools.cache
-def _helper() -> Callable[[int, int], None] | None:
+def _helper() -> Callable[[int, int, int], None] | None:
     """The compiled helper, built or found in the cache; None where it cannot be had."""
     text = emit_rows()
 
@@ -76,6 +79,6 @@ def _helper() -> Callable[[int, int], None] | None:
         found = getattr(ctypes.CDLL(str(Cache().get_or_build(key, LIBRARY, build))), ENTRY)
     except (Unavailable, OSError):
         return None
-    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_int), None
-    call: Callable[[int, int], None] = found
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p), None
+    call: Callable[[int, int, int], None] = found
     return call
