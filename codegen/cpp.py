@@ -112,8 +112,8 @@ def _environment() -> jinja2.Environment:
 
 def emit(plan: KernelPlan, isa: Isa) -> str:
     """Return the C++ source of the forward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
-    if isa.matrix and not plan.plain:
-        raise ValueError("kernels for a matrix unit know the two sums of softmax only")
+    if isa.matrix and not (plan.plain and plan.in_order):
+        raise ValueError("kernels for a matrix unit know the two sums of softmax and rows in order only")
     printer = CppPrinter(plan)
     stream = plan.stream
     assert stream is not None
@@ -165,6 +165,7 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
         "key_blocks": _block_sizes(isa.keys),
         **addresses,
         "key_row": key_row,
+        "query_row": "" if plan.query_row is None else printer.text(plan.query_row, Level.ROW),
         "key_values": [declaration(printer, v) for v in plan.key_values],
     }
 
@@ -239,7 +240,7 @@ def _is_axis(node: Expr, axis: str) -> bool:
 
 
 def _reads_query(plan: KernelPlan) -> bool:
-    roots = [e for e in (plan.score, plan.mask, plan.dscore) if e is not None]
+    roots = [e for e in (plan.score, plan.mask, plan.dscore, plan.query_row) if e is not None]
     roots += [e for g in plan.grads for e in (g.derivative, *g.load.indices)]
     if plan.pull is not None:
         roots += plan.pull.roots()

@@ -26,6 +26,7 @@ from attnlang.ir import (
     canonical,
     format_expr,
     postorder,
+    substitute,
 )
 from attnlang.ir.build import TRUE
 from attnlang.ir.build import s as RAW_SCORE
@@ -54,7 +55,7 @@ class KernelPlan:
     score is the raw score, ``mask`` None where every pair is visible. ``sizes`` lists the sizes expressions read, in
     argument order; ``scalars`` likewise. Key and value addresses are GRID-level expressions for batch and head, and in
     forward plans a COL-level one for the row, ``key_row``, None where key k is row k; ``key_values`` are the statements
-    that it needs.
+    that it needs. ``query_row`` is the ROW-level row of a query and of what is made for it, None where that is q.
 
     ``runs`` holds the bounds a kernel computes its runs from, by the axis of its inner loop; a kernel over an axis
     without them reads a run table.
@@ -86,6 +87,7 @@ class KernelPlan:
     key_head: Expr
     key_row: Expr | None = None
     key_values: tuple[Value, ...] = ()
+    query_row: Expr | None = None
     dscore: Expr | None = None
     grads: tuple[CapturedGrad, ...] = ()
     runs: tuple[RunBounds, ...] = ()
@@ -117,6 +119,11 @@ class KernelPlan:
     def plain(self) -> bool:
         """Whether a forward kernel that knows nothing but the two sums of softmax, o and lse can run this plan."""
         return self.stream is not None and self.program.standard
+
+    @property
+    def in_order(self) -> bool:
+        """Whether query q is row q and key k is row k."""
+        return self.query_row is None and self.key_row is None
 
     @property
     def default_heads(self) -> bool:
@@ -177,7 +184,8 @@ class KernelPlan:
         dtypes = ",".join(f"{t.name}:{t.dtype}:{t.rank}" for t in self.tensors)
         wanted = ",".join(format_expr(g.load) for g in self.grads)
         kind = f"{self.direction}:{wanted}|{self.dtype}|{self.head_dim}|{self.value_dim}|{dtypes}|{self.wide}"
-        text = f"{canonical(self.program)}|{kind}|{'|'.join(map(str, self.runs))}"
+        rows = "|".join("" if e is None else format_expr(e) for e in (self.query_row, self.key_row))
+        text = f"{canonical(self.program)}|{kind}|{'|'.join(map(str, self.runs))}|{rows}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -234,6 +242,7 @@ def make_plan(
     columns: bool = False,
     captured_grads: Iterable[str] = (),
     closed: Iterable[str] = (),
+    order: tuple[Expr | None, Expr | None] = (None, None),
 ) -> KernelPlan:
     """Plan the forward (or backward) pass of a specialised program with one Attend stage.
 
@@ -242,7 +251,8 @@ def make_plan(
     float tensors a backward pass must give gradients for; with ``saves`` a forward pass also gives what a backward pass
     that is not softmax attention's starts from. ``columns`` asks instead for the sums over queries alone, by a kernel
     with keys outside that starts from the same. ``closed`` names the loop axes along which kernels compute
-    their run bounds where the mask has a closed form; whoever launches them checks that it holds.
+    their run bounds where the mask has a closed form; whoever launches them checks that it holds. ``order`` says for a
+    forward pass where the rows of query slot q and of key slot k are, None where they are in order.
 
     Raises:
         Unstreamable: the stage has something that :mod:`attnlang.passes.streaming` cannot accumulate.
@@ -252,6 +262,8 @@ def make_plan(
     score, mask = program.score, program.mask
     batch, head, row = term.right.address
     addresses = (batch, simplify(head))
+    query_row, place = order
+    row = row if place is None else substitute(row, {Index("k"): place})
     key_row = None if row is Index("k") or backward or columns else simplify(row)
     pull = pullback(program.attend) if backward and not program.standard else None
     dscore = derivatives(score, (RAW_SCORE,))[RAW_SCORE] if backward and pull is None else None
@@ -274,7 +286,7 @@ def make_plan(
     if stream is not None and saves:
         stream = saving(stream)
     made = () if stream is None else (*_pair_roots(stream), *_row_roots(stream))
-    moved = () if key_row is None else (key_row,)
+    moved = tuple(e for e in (key_row, query_row) if e is not None)
     roots = (*hooks, *made, *addresses, *moved)
     forms = forms_of(program, closed)
     bounds = assumptions((*roots, *(e for form in forms for e in form.exprs)), storage, wide=wide)
@@ -334,6 +346,7 @@ def make_plan(
         key_head=addresses[1],
         key_row=key_row,
         key_values=values(Level.COL, moved),
+        query_row=query_row,
         dscore=None if dscore is Const(1.0, FLOAT) else dscore,
         grads=grads,
         runs=runs,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnlang.ir import Program, Scalar
+from attnlang.ir import Expr, Program, Scalar
 
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
@@ -30,7 +30,8 @@ class Call:
     the caller. ``key_tile`` is the number of keys in a tile that suits the mask on a CPU, 0 where the usual one does.
     ``closed(loop)`` says whether a kernel whose inner loop is over ``"k"`` or ``"q"`` may compute its own
     run bounds and leave the run map alone; where runs come from elsewhere than the mask it may not. ``saves`` asks for
-    what a backward pass starts from, beside the outputs.
+    what a backward pass starts from, beside the outputs. ``order`` says where the rows of query slot q and of key slot
+    k are, as :func:`attnlang.codegen.plan.make_plan` takes it; C++ forward kernels alone know of it.
     """
 
     program: Program
@@ -45,6 +46,7 @@ class Call:
     key_tile: int = 0
     closed: Callable[[str], bool] = _never
     saves: bool = False
+    order: tuple[Expr | None, Expr | None] = (None, None)
 
     @property
     def storage(self) -> dict[str, str]:

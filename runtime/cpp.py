@@ -21,7 +21,7 @@ from .errors import Unavailable
 from .runs import warn_blind
 from .toolchain import matrix_registers, processor_features
 
-__all__ = ["Kernel", "forward", "outputs", "select_isa"]
+__all__ = ["Kernel", "forward", "outputs", "prefers_order", "select_isa"]
 
 MOST_ROWS = max(isa.rows for isa in ISAS.values())
 
@@ -135,13 +135,17 @@ def outputs(call: Call) -> dict[str, Tensor]:
         raise Unavailable(f"the C++ backend runs on CPU tensors, q is on {call.q.device}")
     isa = select_isa(max(1, call.q.shape[2]), call.key_tile)
     kernel = _kernels.get(call, isa)
-    packable = kernel.plan.plain and kernel.plan.key_row is None
-    if call.q.dtype is torch.bfloat16 and packable and _use_matrix(call.q.shape[2]):
+    if prefers_order(call) and kernel.plan.plain and kernel.plan.in_order:
         isa = AMX
         kernel = _kernels.get(call, isa)
     if not call.q.shape[0] * call.q.shape[1] * call.q.shape[2]:
         return kernel.nothing(call)
     return kernel(call, schedule_of(call, isa, kernel.plan), torch.get_num_threads())
+
+
+def prefers_order(call: Call) -> bool:
+    """Whether a faster kernel runs ``call`` where rows are in order: one for the matrix unit, which packs them."""
+    return call.q.dtype is torch.bfloat16 and _use_matrix(call.q.shape[2])
 
 
 def _use_matrix(rows: int) -> bool:

@@ -163,7 +163,7 @@ class KernelCache(Generic[K]):
         dtypes = tuple(t.dtype for t in call.tensors.values())
         wide, closed = is_wide(call), call.closed("k")
         numbers = (call.q.dtype, call.q.shape[3], call.v.shape[3], dtypes, wide)
-        key = (id(call.program), *numbers, closed, call.saves, isa, wanted)
+        key = (id(call.program), *numbers, closed, call.saves, call.order, isa, wanted)
         found = self._found.get(key)
         if found is not None:
             return found[1]
@@ -219,6 +219,7 @@ def plan_of(call: Call, wide: bool, captured_grads: Iterable[str] | None = None)
         saves=call.saves and captured_grads is None,
         captured_grads=captured_grads or (),
         closed=("k",) if call.closed("k") else (),
+        order=call.order if captured_grads is None else (None, None),
     )
 
 

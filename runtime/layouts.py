@@ -4,43 +4,39 @@ The slots of the call that a kernel sees hold the tokens in the order of the lay
 a token comes from tables (``attnlang.sparsity.layout``). Tables, orders and run maps are made once for everything they
 depend on and remembered.
 
-Where nothing is differentiated on a CPU, a few heads are moved at a time, through buffers that stay in the cache: fresh
-pages for whole copies of q, k, v and o would take as long as the attention itself.
+Where nothing is differentiated on a CPU, the kernel itself reads and writes the rows of its slots where they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnlang.ir import (
     INT,
-    KEY_ADDRESS,
     OUTPUT_NAMES,
     Expr,
     Index,
-    Param,
+    Load,
     Program,
     Scalar,
-    ScalarParam,
     Size,
+    TensorParam,
     UsageError,
-    rewrite,
 )
-from attnlang.ir.build import op
 
 from . import autograd, dispatch
 from .call import Call
+from .errors import Unavailable
 from .runs import Memory, identify
 
 if TYPE_CHECKING:
     from attnlang.sparsity import Layout, RunMap
-
-    from .rows import Job
 
 __all__ = ["Choice", "attend", "choose", "gradients", "run"]
 
@@ -53,10 +49,8 @@ Choice = Any
 
 CPU_TILE, CPU_KEY_TILES = (64, 64), (32, 16)
 TILE = (128, 128)
-BUFFER_BYTES = 12 << 20
-"""Size of the moved q, k, v and o of the heads that are worked on together."""
-THREAD_ROWS = 1024
-"""Queries that a thread has to be given at a time, so that all finish together."""
+
+Order = tuple[Expr | None, Expr | None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,12 @@ class _Axis:
     def to(self, device: torch.device) -> _Axis:
         return _Axis(self.tokens.to(device), self.slots.to(device))
 
+    @cached_property
+    def table(self) -> Tensor:
+        """The tokens as kernels read them."""
+        found = self.tokens if len(self.tokens) > 1 else self.tokens[0]
+        return found.to(torch.int32) if self.tokens.shape[-1] < 2**31 else found
+
     def back(self) -> _Axis:
         return _Axis(self.slots, self.tokens)
 
@@ -90,6 +90,7 @@ class _Arranged:
     tables: dict[str, Tensor]
     q: _Axis | None
     k: _Axis | None
+    which: tuple[str, str]
     maps: dict[Any, RunMap] = field(default_factory=dict)
 
     @property
@@ -109,20 +110,37 @@ class _Arranged:
 
         return runs
 
-    def runs_of(self, call: Call, batch: int, heads: slice) -> Callable[[Tile], RunMap]:
-        """The run maps of one batch element and some heads."""
+    def read_in_order(self, call: Call) -> Call:
+        """The call as a kernel sees it that finds the row of a slot itself."""
+        program, order, names = _placed(self.program, *self.which, self.q is not None, self.k is not None)
+        tokens = {n: axis.table for n, axis in zip(names, (self.q, self.k), strict=True) if axis is not None}
+        return replace(
+            call,
+            program=program,
+            sizes=self.sizes,
+            tensors={**self.tensors(call), **tokens},
+            runs=self.runs(call),
+            key_tile=self.layout.key_tile,
+            order=order,
+        )
 
-        def runs(tile: Tile) -> RunMap:
-            whole = self.runs(call)(tile)
-            if whole.batch == whole.heads == 1:
-                return whole
-            b, some = batch if whole.batch > 1 else 0, heads if whole.heads > 1 else slice(0, 1)
-            key = (tile, b, some.start, some.stop)
-            if key not in self.maps:
-                self.maps[key] = whole.part(b, some)
-            return self.maps[key]
 
-        return runs
+@lru_cache(maxsize=256)
+def _placed(program: Program, which: str, orders: str, q: bool, k: bool) -> tuple[Program, Order, tuple[str, str]]:
+    """The program with tables of the token in each slot, the rows of slots read from them, and the tables' names."""
+    taken = {p.name for p in program.scalars} | {t.name for t in program.tensors}
+    params: list[TensorParam] = []
+    order: list[Expr | None] = []
+    names: list[str] = []
+    lead, orders_of = ((Load(which, (Index("h"),), INT),), (Size(orders),)) if which else ((), ())
+    for axis, moved, length in (("q", q, "Lq"), ("k", k, "Lk")):
+        name = f"token_of_{axis}"
+        while name in taken:
+            name += "_"
+        names.append(name)
+        order.append(Load(name, (*lead, Index(axis)), INT) if moved else None)
+        params += [TensorParam(name, INT, (*orders_of, Size(length)))] if moved else []
+    return replace(program, tensors=(*program.tensors, *params)), (order[0], order[1]), (names[0], names[1])
 
 
 _arranged: Memory[_Arranged] = Memory(16)
@@ -194,9 +212,11 @@ def attend(call: Call, choice: Choice, backend: str | None = None) -> tuple[Tens
     if layout is None:
         return dispatch.attend(call, backend)
     here = _arrange(call, layout)
-    groups = _groups(call)
-    if groups and (here.q or here.k) and _can_copy(call):
-        return _by_parts(call, here, groups, backend)
+    if (here.q or here.k) and backend in (None, "cpp") and _in_place(call):
+        from . import cpp
+
+        with suppress(Unavailable):  # which the way below explains
+            return cpp.forward(here.read_in_order(call))
     o, lse = dispatch.attend(_moved(call, here), backend)
     return _put(o, here.q and here.q.back(), here.heads), _put(lse, here.q and here.q.back(), here.heads)
 
@@ -228,9 +248,13 @@ def gradients(
     return [*back, *found[3 : len(needs)]]
 
 
-def _can_copy(call: Call) -> bool:
-    """Whether heads may be copied one by one: on a CPU, where nothing records what is done."""
-    return call.q.device.type == "cpu" and not autograd.wants_gradients(call) and not dispatch.is_batched(call)
+def _in_place(call: Call) -> bool:
+    """Whether a kernel may find rows where they are: on a CPU, where nothing records what is done."""
+    if call.q.device.type != "cpu" or autograd.wants_gradients(call) or dispatch.is_batched(call):
+        return False
+    from . import cpp
+
+    return not cpp.prefers_order(call)
 
 
 def _roots(program: Program) -> tuple[Expr, ...]:
@@ -244,13 +268,15 @@ def _arrange(call: Call, layout: Layout) -> _Arranged:
     device = call.q.device
 
     def make() -> _Arranged:
+        from attnlang.passes.tabulate import tabulate
         from attnlang.sparsity import lay_out
 
         with torch.no_grad():
             laid = lay_out(call.program, layout, call.sizes, call.params, call.tensors, device)
             axes = [_Axis.of(layout.tokens(axis)) for axis in "qk"]
         q, k = (axis and axis.to(device) for axis in axes)
-        return _Arranged(layout, laid.program, laid.sizes, laid.tables, q, k)
+        names = tabulate(call.program, layout.per_head)
+        return _Arranged(layout, laid.program, laid.sizes, laid.tables, q, k, (names.order_of_head, names.orders))
 
     base = identify(_roots(call.program), call.sizes, call.params, call.tensors)
     shared = (call.sizes["B"], call.sizes["H"], call.sizes["Hkv"])
@@ -312,95 +338,3 @@ def _moved(call: Call, here: _Arranged) -> Call:
         runs=here.runs(call),
         key_tile=here.layout.key_tile,
     )
-
-
-# --- a few heads at a time
-
-
-_FIRST: dict[Expr, str] = {Index("b"): "first_batch", Index("h"): "first_head"}
-_ALL: dict[Expr, str] = {Size("B"): "all_batches", Size("H"): "all_heads", Size("Hkv"): "all_key_heads"}
-
-
-@lru_cache(maxsize=256)
-def _part_program(program: Program) -> tuple[Program, tuple[str, ...]]:
-    """The program of some batch elements and heads, and its new parameters: the first of each, the number of each."""
-    taken = {p.name for p in program.scalars} | {t.name for t in program.tensors}
-    names: list[str] = []
-    moved: dict[Expr, Expr] = {}
-    for node, name in (*_FIRST.items(), *_ALL.items()):
-        while name in taken:
-            name += "_"
-        names.append(name)
-        param = Param(name, INT)
-        moved[node] = op("add", node, param) if isinstance(node, Index) else param
-    mask, score = rewrite((program.mask, program.score), lambda node: moved.get(node, node))
-    scalars = (*program.scalars, *(ScalarParam(name, INT) for name in names))
-    return replace(program.with_hooks(mask=mask, score=score), scalars=scalars), tuple(names)
-
-
-def _groups(call: Call) -> int:
-    """How many key heads to move at a time; 0 where all may be moved at once."""
-    (batch, heads, lq, dim), (_, shared, lk, _), dv = call.q.shape, call.k.shape, call.v.shape[3]
-    addresses = (o.address for o in call.program.attend.operands() if o.source in ("k", "v"))
-    if not shared or heads % shared or not lq or any(a != KEY_ADDRESS for a in addresses):
-        return 0
-    group = heads // shared
-    fit = BUFFER_BYTES // max(1, (group * lq + lk) * (dim + dv) * call.q.element_size())
-    busy = -(-THREAD_ROWS * torch.get_num_threads() // (group * lq))
-    groups = max(1, fit, busy)
-    return groups if groups < shared or (batch > 1 and groups == shared) else 0
-
-
-def _by_parts(call: Call, here: _Arranged, groups: int, backend: str | None) -> tuple[Tensor, Tensor]:
-    from .rows import move
-
-    batch, heads, lq, _ = call.q.shape
-    shared = call.k.shape[1]
-    group = heads // shared
-    o = call.q.new_empty((batch, heads, lq, call.v.shape[3]))
-    lse = call.q.new_empty((batch, heads, lq), dtype=torch.float64 if o.dtype is torch.float64 else torch.float32)
-    program, names = _part_program(here.program)
-    tensors = here.tensors(call)
-    orders, key_orders = here.heads or (0,) * heads, _heads(here.heads, shared) or (0,) * shared
-    space: dict[str, Tensor] = {}
-    jobs: list[Job] = []
-
-    def take(name: str, x: Tensor, axis: _Axis | None, b: int, part: slice, which: tuple[int, ...]) -> Tensor:
-        """Some heads of one batch element, which the jobs put in order."""
-        if axis is None:
-            return x[b : b + 1, part]
-        shape = (1, part.stop - part.start, *x.shape[2:])
-        if name not in space or space[name].shape != shape:
-            space[name] = x.new_empty(shape)
-        heads = range(part.start, part.stop)
-        jobs.extend((x[b, h], space[name][0, i], axis.tokens[which[h]]) for i, h in enumerate(heads))
-        return space[name]
-
-    for b in range(batch):
-        for first in range(0, shared, groups):
-            keys = slice(first, min(shared, first + groups))
-            rows = slice(first * group, keys.stop * group)
-            part = replace(
-                call,
-                program=program,
-                q=take("q", call.q, here.q, b, rows, orders),
-                k=take("k", call.k, here.k, b, keys, key_orders),
-                v=take("v", call.v, here.k, b, keys, key_orders),
-                sizes={**here.sizes, "B": 1, "H": rows.stop - rows.start, "Hkv": keys.stop - keys.start},
-                params={**call.params, **dict(zip(names, (b, rows.start, batch, heads, shared), strict=True))},
-                tensors=tensors,
-                runs=here.runs_of(call, b, rows),
-                key_tile=here.layout.key_tile,
-            )
-            move(jobs)
-            found, found_lse = dispatch.attend(part, backend)
-            jobs.clear()
-            if here.q is None:
-                o[b, rows], lse[b, rows] = found[0], found_lse[0]
-                continue
-            for i, h in enumerate(range(rows.start, rows.stop)):
-                slots = here.q.slots[orders[h]]
-                jobs += [(found[0, i], o[b, h], slots), (found_lse[0, i], lse[b, h], slots)]
-            move(jobs)
-            jobs.clear()
-    return o, lse

@@ -94,32 +94,31 @@ def test_the_eager_executor_takes_layouts(choice: str, wanted: list[torch.Tensor
     close(outcome(al.compile(BIASED, layout=CHOICES[choice], backend="eager"), operands(), values()), wanted)
 
 
-@pytest.mark.parametrize("choice", ["patches", "heads", "small keys"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_heads_are_moved_a_few_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, choice: str, groups: int, wanted: list[torch.Tensor]
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_kernel_finds_the_rows_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, choice: str, wanted: list[torch.Tensor]
 ) -> None:
-    calls = []
-    attend = layouts.dispatch.attend
-
-    def counted(call: Any, backend: Any) -> Any:
-        calls.append(call.k.shape[:2])
-        return attend(call, backend)
-
-    monkeypatch.setattr(layouts, "BUFFER_BYTES", groups * (2 * N + N) * (16 + 8) * 4)
-    monkeypatch.setattr(layouts, "THREAD_ROWS", 1)
-    monkeypatch.setattr(layouts.dispatch, "attend", counted)
+    monkeypatch.setattr(layouts, "_index", None)  # which is how rows are moved
     o, lse = al.compile(BIASED, layout=CHOICES[choice])(*operands(), return_lse=True, **values())
-    assert calls == [(1, groups)] * (4 // groups)
     close([o, lse], wanted[:2])
 
 
-def test_heads_that_read_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "BUFFER_BYTES", 1)
-    monkeypatch.setattr(layouts, "THREAD_ROWS", 1)
-    for layout in ("auto", "hilbert", "plain"):
-        attention = al.compile(al.library.axial, layout=layout)
-        close([attention(*operands(), **SHAPE)], [al.reference(attention, *operands(), **SHAPE)])
+def test_names_of_tables_may_be_taken() -> None:
+    program = al.parse("""
+pattern p(side: int, token_of_q: float[Lq]):
+    grid q, k = (y: side, x: side)
+    mask = abs(q.y - k.y) + abs(q.x - k.x) < 4
+    score = s + token_of_q[q] * (q - k)
+""")
+    given = {"side": 8, "token_of_q": torch.rand(64)}
+    attention = al.compile(program, layout="4x4")
+    close([attention(*operands(64), **given)], [al.reference(program, *operands(64), **given)])
+
+
+@pytest.mark.parametrize("layout", ["auto", "hilbert", "plain"])
+def test_layouts_of_heads(layout: str) -> None:
+    attention = al.compile(al.library.axial, layout=layout)
+    close([attention(*operands(), **SHAPE)], [al.reference(attention, *operands(), **SHAPE)])
 
 
 @pytest.mark.parametrize(
