@@ -13,7 +13,9 @@ from attnlang.ir import BOOL, FLOAT, INT, Type
 from attnlang.passes.float_intervals import FloatRange
 from attnlang.passes.intervals import INF, Interval, Truth
 
-__all__ = ["Captured"]
+from .cells import SIDE
+
+__all__ = ["Captured", "CapturedCells"]
 
 BLOCK = 64
 
@@ -73,6 +75,9 @@ class Captured:
 
     Indices outside a dimension are clamped into it, as the IR defines; a tensor without elements reads as zero.
     """
+
+    exact = True
+    """Whether there is one number for each element."""
 
     def __init__(self, tensor: torch.Tensor, type_: Type) -> None:
         self.type = type_
@@ -164,7 +169,7 @@ class Captured:
 
         Then no part of the box of that size is decided either. None for tensors that are not flags.
         """
-        if self.type is not BOOL or self.shape[axis] < side:
+        if self.type is not BOOL or not self.exact or self.shape[axis] < side:
             return None
 
         def make() -> np.ndarray:
@@ -191,7 +196,7 @@ class Captured:
         """1 where values never fall along ``axis``, -1 where they never rise, 0 otherwise."""
 
         def find() -> int:
-            if self.nan:
+            if self.nan or not self.exact:
                 return 0
             v = self._along(self.values, axis)
             before, after = v[:, :-1], v[:, 1:]
@@ -221,21 +226,23 @@ class Captured:
         return self._pack(self._cell_query("low", ranges), self._cell_query("high", ranges))
 
     def _sums(self, ranges: Ranges) -> Truth:
-        """any and all over boxes of any rank, exact, from a summed-area table."""
+        """any and all over boxes of any rank, exact."""
+        total = self._area("sums", self.values, ranges)
+        return Truth(total > 0, total < _volume(ranges))
+
+    def _area(self, name: str, flags: np.ndarray, ranges: Ranges) -> Any:
+        """How many flags of a box are set, from a summed-area table."""
 
         def make() -> np.ndarray:
-            out = np.zeros([n + 1 for n in self.shape], np.int32 if self.values.size < 2**31 else np.int64)
-            inner = out[(slice(1, None),) * len(self.shape)]
-            inner[...] = self.values
-            for d in range(len(self.shape)):
+            out = np.zeros([n + 1 for n in flags.shape], np.int32 if flags.size < 2**31 else np.int64)
+            inner = out[(slice(1, None),) * flags.ndim]
+            inner[...] = flags
+            for d in range(flags.ndim):
                 np.cumsum(inner, axis=d, out=inner)
             return out
 
-        table = self._memo(("sums",), make)
+        table = self._memo((name,), make)
         total: Any = 0
-        volume: Any = 1
-        for r in ranges:
-            volume = volume * (r.hi - r.lo + 1)
         for corner in range(1 << len(ranges)):
             sign, index = 1, []
             for d, r in enumerate(ranges):
@@ -245,7 +252,7 @@ class Captured:
                 else:
                     index.append(r.hi + 1)
             total = total + sign * table[tuple(index)].astype(np.int64)
-        return Truth(total > 0, total < volume)
+        return total
 
     def _cell_query(self, side: str, ranges: Ranges) -> np.ndarray:
         """Extremes over boxes of any rank, rounded out to whole cells of 2^level elements a side."""
@@ -284,3 +291,39 @@ class Captured:
             out = fn(even, odd)
         self._cells[side, level] = out
         return out
+
+
+def _volume(ranges: Ranges) -> Any:
+    volume: Any = 1
+    for r in ranges:
+        volume = volume * (r.hi - r.lo + 1)
+    return volume
+
+
+class CapturedCells(Captured):
+    """A table of which only the extremes of its cells are known (see :mod:`.cells`)."""
+
+    exact = False
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor, nan: bool, type_: Type, shape: Sequence[int]) -> None:
+        super().__init__(low, type_)
+        self.nan = nan
+        self._sorted_values = self.values, _numbers(high, type_)
+        self._extents = tuple(shape)
+
+    def query(self, ranges: Ranges, count: int) -> Any:
+        """As :meth:`Captured.query`, for boxes rounded out to whole cells."""
+        inside = [self._clamp(r, n) for r, n in zip(ranges, self._extents, strict=True)]
+        return super().query([*inside[:-2], *map(_cells_of, inside[-2:])], count)
+
+    def _line(self, ranges: Ranges, axis: int) -> Any:
+        return self._sums(ranges) if self.type is BOOL else super()._line(ranges, axis)
+
+    def _sums(self, ranges: Ranges) -> Truth:
+        low, high = self._sorted_values
+        return Truth(self._area("high", high, ranges) > 0, self._area("low", low, ranges) < _volume(ranges))
+
+
+def _cells_of(r: Interval) -> Interval:
+    lo = r.lo // SIDE
+    return Interval(lo, lo if r.lo is r.hi else r.hi // SIDE)

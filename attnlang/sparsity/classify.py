@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnlang.ir import BOOL, INT, Expr, Load, Program, Scalar, postorder
+from attnlang.ir import BOOL, INT, Expr, Load, Program, Scalar, Type, postorder
 from attnlang.passes.intervals import NARROW_LIMIT, Array, Interval, Narrow, Truth
 
-from .captured import Captured
+from .captured import Captured, CapturedCells
+from .cells import cells, is_large
 from .domain import apply
 from .terms import AXIS_BITS, Linear, Node, Terms
 from .transfer import to_host
@@ -192,14 +193,24 @@ def prepare(
 ) -> tuple[dict[str, Scalar], dict[str, Captured]]:
     """Return parameter values as plain numbers, and summaries of the captured tensors that the mask reads.
 
-    Whatever of them is on a device comes to the host in one copy.
+    Whatever of them is on a device comes to the host in one copy, large tables as what their device makes of them.
     """
     read = {node.tensor for node in postorder(program.mask) if isinstance(node, Load)}
     captured = {t.name: t.type for t in program.tensors if t.name in read and t.name in tensors}
     remote = {n: v for n, v in params.items() if isinstance(v, torch.Tensor)}
-    host = to_host({**remote, **{name: tensors[name].detach() for name in captured}})
+    given = {name: tensors[name].detach() for name in captured}
+    large = {name: cells(t, captured[name]) for name, t in given.items() if is_large(t)}
+    parts = {f"{name} {part}": getattr(large[name], part) for name in large for part in ("low", "high", "nan")}
+    host = to_host({**remote, **parts, **{name: t for name, t in given.items() if name not in large}})
     known = numbers({**params, **{name: host[name] for name in remote}}, program)
-    return known, {name: Captured(host[name], type_) for name, type_ in captured.items()}
+
+    def summary(name: str, type_: Type) -> Captured:
+        if name not in large:
+            return Captured(host[name], type_)
+        low, high, nan = (host[f"{name} {part}"] for part in ("low", "high", "nan"))
+        return CapturedCells(low, high, bool(nan), type_, given[name].shape)
+
+    return known, {name: summary(name, type_) for name, type_ in captured.items()}
 
 
 def numbers(params: Mapping[str, Any], program: Program) -> dict[str, Scalar]:
