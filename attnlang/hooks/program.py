@@ -173,7 +173,9 @@ def _checked(main: AttendSpec | None, stages: Mapping[str, StageSpec] | None) ->
                 why = "functions read something else by it" if name in _RESERVED else "it is no name of a parameter"
                 raise UsageError(f"nothing that a stage makes can be called {name!r}: {why}")
             if name in taken:
-                raise UsageError(f"two stages make {name!r}; rename one")
+                own = name in ("o", "lse") and main is not None and name in _makes("", main)
+                hint = "make the main stage one of them, stages={'inner': attend(...), ...}" if own else "rename one"
+                raise UsageError(f"two stages make {name!r}; {hint}")
             taken.add(name)
     return found
 
@@ -215,8 +217,8 @@ def program(
     """Trace Python functions into a program.
 
     Args:
-        mask: ``mask(b, h, q_idx, kv_idx) -> bool``, as FlexAttention's; further parameters are read by name. A function
-            of fewer parameters reads all of them by name.
+        mask: ``mask(b, h, q_idx, kv_idx) -> bool``, as FlexAttention's, under any names; further parameters are read by
+            name. A function of fewer parameters, or whose first ones have names of other things, reads all by name.
         score: ``score(score, b, h, q_idx, kv_idx)``, the same; with ``terms`` it reads everything by name.
         normalize: made with :func:`softmax` or its kin.
         weights: what replaces the weight ``w`` of a pair.

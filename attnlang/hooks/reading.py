@@ -97,7 +97,11 @@ class Reader:
     def pairwise(self, kind: str, mod: Mod, first: Known, want: Type) -> Expr | None:
         """A function that reads ``first`` by position, as FlexAttention's do; what follows it reads by name.
 
-        A function of fewer parameters reads all by name. None for the function that changes nothing.
+        A function of fewer parameters, or with a name among the first that stands for something else, reads all by
+        name. None for the function that changes nothing.
+
+        Raises:
+            UsageError: the parameters are those of FlexAttention in another order.
         """
         mod = unwrap(mod)
         if mod is None or not is_function(mod):
@@ -107,10 +111,21 @@ class Reader:
         except (TypeError, ValueError):
             parameters = []
         places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(places) < len(first) and not any(p.kind is p.VAR_POSITIONAL for p in parameters) and parameters:
-            return self.value(kind, mod, first, want)
+        if parameters and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            names = [ALIASES.get(p.name, p.name) for p in places[: len(first)]]
+            if sorted(names) == sorted(first) and names != list(first):
+                order = f"({', '.join(p.name for p in places[: len(first)])})"
+                raise UsageError(f"{kind} has the parameters {order}; the order is ({', '.join(first)})")
+            if len(places) < len(first) or self._other(names, first):
+                return self.value(kind, mod, first, want)
         more = [self._found(kind, name, {}) for name in _required(places[len(first) :])]
         return self.ask(Hook(kind, mod, (*first.values(), *more), want))
+
+    def _other(self, names: list[str], first: Known) -> bool:
+        """Whether one of ``names`` stands for something else than what ``first`` has in its place."""
+        known = {*first, *SIZES, *self.made.names()}
+        given = zip(names, first, strict=True)
+        return any(name in known and name != place and name.lower() != place for name, place in given)
 
     def _arguments(self, kind: str, mod: Mod, known: Known) -> list[Expr | NamedTensor]:
         """What the parameters of ``mod`` ask for by their names."""

@@ -137,10 +137,12 @@ SAME = {
     "threshold of elements": (
         "pattern p(gate: float[H]):\n    pool last = last(V, block=4, stride=2)\n"
         "    select chosen[B, H, Lq, Lk] = threshold(Q[b, h, q, 0] * K[b, h // 2, k, 1], gate[h])\n"
-        "    mask = chosen[b, h, q, k] or k == 0\n    output o = sum(w * V, over=k)\n"
+        "    mask = chosen[b, h, q, k] or k == 0\n    score = s + last[b, h // 2, k // 2, 0] / Lk\n"
+        "    output o = sum(w * V, over=k)\n"
         "    output pooled = sum(w * last[b, h // 2, k // 2], over=k)",
         lambda: al.program(
-            lambda b, h, q, k, chosen: chosen[b, h, q, k] | (k == 0),
+            lambda b, h, i, j, chosen: chosen[b, h, i, j] | (j == 0),
+            lambda s, b, h, i, j, last, Lk: s + last[b, h // 2, j // 2, 0] / Lk,
             outputs={
                 "o": al.output(lambda w: w, rows="V"),
                 "pooled": al.output(lambda w: w, rows=lambda b, h, k, last: last[b, h // 2, k // 2]),
@@ -319,6 +321,22 @@ def test_negative_indices_count_from_the_end():
     torch.testing.assert_close(al.compile(traced)(q, k, v, backend="eager"), want)
 
 
+def test_masks_read_by_position_or_by_name():
+    want = al.parse("pattern p: mask = q + h < k + Lk").attend.branch.mask
+    add = 3
+    for mask in (
+        lambda b, h, q, k, Lk: q + h < k + Lk,
+        lambda B, H, i, j, Lk: i + H < j + Lk,
+        lambda batch, head, q_idx, kv_idx, Lk: q_idx + head < kv_idx + Lk,
+        lambda Lk, h, q, k: q + h < k + Lk,
+        lambda h, q, k, Lk: q + h < k + Lk,
+        lambda b, h, k, Lk, q: q + h < k + Lk,
+    ):
+        assert al.program(mask).program.attend.branch.mask == want
+    captured = al.program(lambda q, k, by=add, twice=2: q + by < k * twice)
+    assert captured.scalars == {"by": 3, "twice": 2}
+
+
 def test_the_main_stage_runs_where_it_is_first_read():
     traced = al.program(
         lambda q, k: k <= q,
@@ -438,6 +456,7 @@ MISTAKES = {
     "one dimension": (lambda: al.rows("Lq", lambda d: d), "a shape of 2 or 4 dimensions"),
     "position of b": (lambda: al.program(position={"b": lambda b: b}), "'b' has no position"),
     "position of the other": (lambda: al.program(position={"q": lambda k: k}), "position of q reads 'k'"),
+    "another order": (lambda: al.program(lambda b, h, k, q: k <= q), "the order is (b, h, q, k)"),
     "one length": (lambda: al.program(lengths="Lq"), "lengths are two"),
     "unknown size": (lambda: al.program(lengths=("Lq", "Lkk")), "did you mean `Lk`?"),
     "size of a pair": (lambda: al.program(lengths=("Lq", lambda k: k)), "a size reads sizes"),
