@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 from functools import reduce
 from typing import TypeAlias
 
-from attnlang.ir import INT, Const, Expr, Stage, TensorParam, build
+from attnlang.ir import INT, Const, Expr, Stage, TensorParam, build, tensors_made
 from attnlang.ir.build import op
 
 from . import syntax as ast
 from .attend import HOOKS, AttendDraft, BranchDraft
 from .errors import AttnError, suggest
 from .lower import Lowering
-from .rowstages import ROW_STAGES, Shapes, lower_row_stage
+from .rowstages import ROW_STAGES, lower_row_stage
 from .scope import Poisoned, Scope
 
 __all__ = ["PatternBody"]
@@ -47,7 +47,7 @@ class PatternBody:
         self.closed = 0
         """The line that made the main stage end, if one did."""
         self.stages: list[Stage] = []
-        self.shapes = Shapes()
+        self.made: dict[str, TensorParam] = {}
         self.returns: tuple[str, ...] = ()
 
     def run(self, node: ast.Pattern) -> None:
@@ -82,8 +82,7 @@ class PatternBody:
             case ast.Returns():
                 self._returns(node)
             case ast.Named() if node.kind.id in ROW_STAGES:
-                stage, made = lower_row_stage(node, self.scope, self.shapes)
-                self._add(stage, {stage.name: made})
+                self._add(lower_row_stage(node, self.scope))
             case ast.Block() if node.kind.id == "attend":
                 self._attend(node)
             case ast.Block() if node.kind.id == "branch":
@@ -125,11 +124,13 @@ class PatternBody:
             for name in makes:
                 self.scope.values.setdefault(name, None)
             raise
-        self._add(stage, self.shapes.of_attend(stage, self.scope))
+        self._add(stage)
 
-    def _add(self, stage: Stage, made: dict[str, TensorParam]) -> None:
+    def _add(self, stage: Stage) -> None:
+        shapes = {n: t.shape for n, t in self.scope.values.items() if isinstance(t, TensorParam)}
+        made = tensors_made(stage, shapes)
         self.stages.append(stage)
-        self.shapes.tensors.update(made)
+        self.made.update(made)
         self.scope.values.update(made)
 
     # other statements
@@ -138,7 +139,7 @@ class PatternBody:
         if node.name is None:
             raise self.scope.error(node, "ATL218", "a stage in a block needs a name", "e.g. `attend gate:`")
         name = node.name.id
-        if name in self.scope.values or name in self.shapes.tensors:
+        if name in self.scope.values or name in self.made:
             raise self.scope.error(node.name, "ATL201", f"`{name}` is defined twice", "rename this stage")
         draft = AttendDraft(name, self.scope, self.let)
         for statement in node.statements:
@@ -180,10 +181,10 @@ class PatternBody:
             if not isinstance(item, ast.Name):
                 message = "a pattern returns names of what its stages make"
                 raise self.scope.error(item, "ATL218", message, "e.g. `return o, lse`; only `def` returns a value")
-            if item.id not in self.shapes.tensors:
+            if item.id not in self.made:
                 if item.id in self.scope.values and self.scope.values[item.id] is None:
                     raise Poisoned
-                hint = suggest(item.id, self.shapes.tensors) or f"there is: {', '.join(self.shapes.tensors)}"
+                hint = suggest(item.id, self.made) or f"there is: {', '.join(self.made)}"
                 raise self.scope.error(item, "ATL218", f"no stage makes `{item.id}`", hint)
             if item.id in names:
                 raise self.scope.error(item, "ATL201", f"`{item.id}` is returned twice")

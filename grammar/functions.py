@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial, reduce
 
 from attnlang.ir import BOOL, FLOAT, INT, Expr, build, dropout, normalizers, random
-from attnlang.ir.build import op
+from attnlang.ir.build import cdiv, op
 
-__all__ = ["CONSTANTS", "FUNCTIONS", "Function", "builtin_functions", "cdiv"]
+__all__ = ["CONSTANTS", "FUNCTIONS", "Function", "builtin_functions"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,6 @@ def _ratio(a: Expr, b: Expr) -> Expr:
 
 def _softplus(x: Expr) -> Expr:
     return op("add", op("max", x, 0.0), op("log1p", op("exp", op("neg", op("abs", x)))))
-
-
-def cdiv(a: Expr, b: Expr) -> Expr:
-    """The smallest whole number not below a / b, for b > 0."""
-    if a.type is FLOAT or b.type is FLOAT:
-        raise TypeError("cdiv needs int")
-    return op("floordiv", op("sub", op("add", a, b), 1), b)
 
 
 def _gelu(x: Expr) -> Expr:

@@ -1,91 +1,48 @@
-"""Stages that work on rows: `pool`, `select` and `rows`, and the shapes of what stages make."""
+"""Stages that work on rows: `pool`, `select` and `rows`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from attnlang.ir import (
     BOOL,
     FLOAT,
-    INT,
-    Attend,
     Const,
     Expr,
     Input,
     Map,
-    Output,
     Pool,
     Select,
     Size,
     TensorParam,
     build,
-    is_map,
-    postorder,
 )
 
 from . import syntax as ast
 from .calls import arguments, callee_name, number, whole
 from .errors import suggest
-from .functions import cdiv
 from .lower import Lowering, lower
 from .parameters import check_name
 from .scope import Poisoned, Scope
 from .words import OPERANDS
 
-__all__ = ["ROW_STAGES", "Shapes", "lower_row_stage"]
+__all__ = ["ROW_STAGES", "lower_row_stage"]
 
 ROW_STAGES = ("pool", "select", "rows")
 POOLINGS = ("mean", "max", "min", "sum", "first", "last")
 RULES = ("top", "threshold", "mass")
-B, H, HKV = Size("B"), Size("H"), Size("Hkv")
+B, H = Size("B"), Size("H")
 
 
-@dataclass
-class Shapes:
-    """Tensors that stages have made so far, as later stages read them."""
-
-    tensors: dict[str, TensorParam] = field(default_factory=dict)
-
-    def rows(self, source: str, scope: Scope) -> tuple[Expr, ...]:
-        """Shape of a tensor that has rows."""
-        operands = {
-            "q": (B, H, Size("Lq"), Size("D")),
-            "k": (B, HKV, Size("Lk"), Size("D")),
-            "v": (B, HKV, Size("Lk"), Size("Dv")),
-        }
-        if source in operands:
-            return operands[source]
-        tensor = scope.values.get(source)
-        assert isinstance(tensor, TensorParam)
-        return tensor.shape
-
-    def of_attend(self, stage: Attend, scope: Scope) -> dict[str, TensorParam]:
-        return {out.name: self._output(out, stage, scope) for out in stage.outputs}
-
-    def _output(self, out: Output, stage: Attend, scope: Scope) -> TensorParam:
-        queries, keys = stage.lengths
-        shape: list[Expr] = [B, H]
-        shape += [queries] if "q" not in out.over else []
-        shape += [keys] if is_map(out) or out.over == "q" else []
-        branch = stage.branches[out.branch]
-        grouped = {t.name for t in branch.normalizer.stats if t.grouped}
-        reads = {n.name for n in postorder(out.value) if isinstance(n, Input)}
-        if out.over == "" and not is_map(out) and grouped & reads and branch.groups is not None:
-            shape.append(branch.groups)
-        shape += out.extents
-        shape += [self.rows(out.rows.source, scope)[-1]] if out.rows is not None else []
-        return TensorParam(out.name, INT if out.monoid == "argmax" else FLOAT, tuple(shape))
-
-
-def lower_row_stage(node: ast.Named, scope: Scope, shapes: Shapes) -> tuple[Pool | Select | Map, TensorParam]:
-    """Lower one `pool`, `select` or `rows` statement and return it with the tensor it makes."""
+def lower_row_stage(node: ast.Named, scope: Scope) -> Pool | Select | Map:
+    """Lower one `pool`, `select` or `rows` statement."""
     check_name(node.name, scope, "a stage", scope.values)
     if node.kind.id == "pool":
-        return _pool(node, scope, shapes)
+        return _pool(node, scope)
     return _select(node, scope) if node.kind.id == "select" else _rows(node, scope)
 
 
-def _pool(node: ast.Named, scope: Scope, shapes: Shapes) -> tuple[Pool, TensorParam]:
+def _pool(node: ast.Named, scope: Scope) -> Pool:
     name, how = node.name.id, callee_name(node.value)
     if node.dims is not None:
         raise scope.error(node, "ATL218", "the shape of a pool follows from its source", f"write `pool {name} = ...`")
@@ -100,9 +57,7 @@ def _pool(node: ast.Named, scope: Scope, shapes: Shapes) -> tuple[Pool, TensorPa
     inner = scope.restricted("the size of a block", axes="", tensors=False)
     block = _positive(given["block"], inner, "a block")
     stride = _positive(given["stride"], inner, "a stride") if "stride" in given else None
-    b, h, length, features = shapes.rows(source, scope)
-    made = TensorParam(name, FLOAT, (b, h, cdiv(length, stride or block), features))
-    return Pool(name, source, block, how, stride), made
+    return Pool(name, source, block, how, stride)
 
 
 def _positive(node: ast.Node, scope: Scope, what: str) -> Expr:
@@ -138,7 +93,7 @@ def _extents(node: ast.Named, scope: Scope, example: str) -> tuple[Expr, Expr, E
     return b, h, rows, last
 
 
-def _select(node: ast.Named, scope: Scope) -> tuple[Select, TensorParam]:
+def _select(node: ast.Named, scope: Scope) -> Select:
     name, rule = node.name.id, callee_name(node.value)
     extents = _extents(node, scope, f"select {name}[Lq, cdiv(Lk, 64)] = top(...)")
     if rule not in RULES:
@@ -154,8 +109,7 @@ def _select(node: ast.Named, scope: Scope) -> tuple[Select, TensorParam]:
     if rule == "top" and isinstance(limit, Const) and limit.value < 1:
         raise scope.error(given[amount], "ATL218", f"a selection of {limit.value} keys is none")
     conditions = {n: _condition(given[n], inner, n) for n in ("candidates", "forced") if n in given}
-    stage = Select(name, extents, score, **conditions, **{rule: limit})
-    return stage, TensorParam(name, BOOL, extents)
+    return Select(name, extents, score, **conditions, **{rule: limit})
 
 
 def _condition(node: ast.Node, scope: Scope, what: str) -> Expr:
@@ -165,7 +119,7 @@ def _condition(node: ast.Node, scope: Scope, what: str) -> Expr:
     return value
 
 
-def _rows(node: ast.Named, scope: Scope) -> tuple[Map, TensorParam]:
+def _rows(node: ast.Named, scope: Scope) -> Map:
     name = node.name.id
     extents = _extents(node, scope, f"rows {name}[B, H, Lq, Dv] = ...")
     lets: dict[tuple[str, Expr], Input] = {}
@@ -174,4 +128,4 @@ def _rows(node: ast.Named, scope: Scope) -> tuple[Map, TensorParam]:
     if value.type is BOOL:
         raise scope.error(node.value, "ATL203", "rows must be float, got bool", "write `a if c else b`")
     found = tuple((given.name, monoid, e) for (monoid, e), given in lets.items())
-    return Map(name, extents, build.cast(value, FLOAT), found), TensorParam(name, FLOAT, extents)
+    return Map(name, extents, build.cast(value, FLOAT), found)

@@ -11,6 +11,7 @@ from .program import BUILTIN_SIZES, HEAD_SIZES, Program, ScalarParam, TensorPara
 from .random import dropout, random
 from .reference import dense_mask, reference, reference_attention, run_stages
 from .semantics import Region, attend_region, finish, is_map, operand_rows, output_shape, reads_pair
+from .shapes import OPERAND_SHAPES, tensors_made
 from .stages import (
     DEFAULT_OUTPUTS,
     KEY,
@@ -49,6 +50,7 @@ __all__ = [
     "INT",
     "KEY",
     "KEY_ADDRESS",
+    "OPERAND_SHAPES",
     "OPS",
     "OUTPUT_NAMES",
     "QUERY",
@@ -116,5 +118,6 @@ __all__ = [
     "simple",
     "stat",
     "substitute",
+    "tensors_made",
     "verify",
 ]

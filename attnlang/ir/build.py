@@ -21,6 +21,7 @@ __all__ = [
     "any_of",
     "b",
     "cast",
+    "cdiv",
     "clamp",
     "const",
     "h",
@@ -100,3 +101,10 @@ def any_of(*terms: Like) -> Expr:
 def clamp(x: Like, low: Like, high: Like) -> Expr:
     """``min(max(x, low), high)``."""
     return op("min", op("max", x, low), high)
+
+
+def cdiv(a: Expr, b: Expr) -> Expr:
+    """The smallest whole number not below a / b, for ints and b > 0."""
+    if a.type is FLOAT or b.type is FLOAT:
+        raise TypeError("cdiv needs int")
+    return op("floordiv", op("sub", op("add", a, b), 1), b)

@@ -1,6 +1,22 @@
 """Python front end: FlexAttention's ``mask_mod`` and ``score_mod`` to programs. Imports the IR and torch only."""
 
 from .errors import TraceError
-from .trace import Hook, Traced, trace, trace_hooks
+from .hook import Hook, over_features
+from .named import NamedTensor
+from .state import captured_shapes
+from .tensor import TracedTensor
+from .trace import Ask, Traced, trace, trace_stages, unwrap
 
-__all__ = ["Hook", "TraceError", "Traced", "trace", "trace_hooks"]
+__all__ = [
+    "Ask",
+    "Hook",
+    "NamedTensor",
+    "TraceError",
+    "Traced",
+    "TracedTensor",
+    "captured_shapes",
+    "over_features",
+    "trace",
+    "trace_stages",
+    "unwrap",
+]

@@ -15,6 +15,7 @@ from attnlang.ir import ProgramError
 __all__ = ["Location", "TraceError", "current_location", "location_of_code", "location_of_error"]
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_HOOKS = os.path.join(os.path.dirname(os.path.dirname(_HERE)), "hooks") + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 Location = tuple[str, int, str]
@@ -49,7 +50,7 @@ def _render(problem: str, hint: str, location: Location | None) -> str:
 
 
 def _is_users(filename: str) -> bool:
-    return not filename.startswith((_HERE, _TORCH, "<frozen"))
+    return not filename.startswith((_HERE, _HOOKS, _TORCH, "<frozen"))
 
 
 def current_location() -> Location | None:

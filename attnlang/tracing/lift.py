@@ -27,6 +27,8 @@ _LIMIT = 4096  # objects visited
 
 def _is_library(fn: types.FunctionType) -> bool:
     module = fn.__module__ or ""
+    if module.startswith(("attnlang.hooks.", "attnlang.tracing.")):
+        return True
     return module.split(".")[0] in ("torch", "numpy", "math") and not module.startswith("torch.nn.attention")
 
 

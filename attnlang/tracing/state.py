@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 
@@ -14,12 +15,15 @@ from attnlang.ir import (
     BUILTIN_SIZES,
     FLOAT,
     INT,
+    STAGE_INPUTS,
     Const,
     Expr,
+    Input,
     Load,
     Size,
     TensorParam,
     Type,
+    map_record,
     postorder,
     rewrite,
 )
@@ -28,11 +32,12 @@ from attnlang.ir import build as ir
 from .arrays import Pull, Where
 from .errors import TraceError, current_location
 
-__all__ = ["TraceState", "current", "ir_type"]
+__all__ = ["TraceState", "captured_shapes", "current", "ir_type"]
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 
-_RESERVED = frozenset((*AXES, *BUILTIN_SIZES, "s"))
+_RESERVED = frozenset((*AXES, *BUILTIN_SIZES, *STAGE_INPUTS, "s"))
 MAX_OPERATIONS = 10_000
 
 _local = threading.local()
@@ -44,6 +49,11 @@ def current() -> TraceState:
     if state is None:
         raise TraceError("a traced value was used after its trace had ended", "do not keep the arguments of a mod")
     return state
+
+
+def captured_shapes() -> dict[str, tuple[Expr, ...]]:
+    """Return the symbolic shapes of the captured tensors that the current trace has read so far, by name."""
+    return current().shapes()
 
 
 def ir_type(dtype: torch.dtype) -> Type:
@@ -68,12 +78,16 @@ def ir_type(dtype: torch.dtype) -> Type:
 class TraceState:
     """Mutable state of one trace; entered as a context manager, one per thread at a time."""
 
-    def __init__(self, names: dict[int, str], device: torch.device, score_dtype: torch.dtype) -> None:
+    def __init__(
+        self, names: dict[int, str], device: torch.device, score_dtype: torch.dtype, taken: Iterable[str] = ()
+    ) -> None:
         self.device = device
         self.score_dtype = score_dtype
+        self.over_d: dict[tuple[str, Expr], Input] | None = None
+        """Reductions over the features of a row, where the hook that is being traced may ask for them."""
         self.keep: list[object] = []  # ids stay unique only while their objects live
         self._wanted = names
-        self._used: set[str] = set()
+        self._used: set[str] = set(taken)
         self._pulls: dict[int, Pull] = {}
         self._constants: dict[int, Tensor] = {}
         self._params: dict[str, tuple[Tensor, tuple[Expr, ...]]] = {}
@@ -164,16 +178,27 @@ class TraceState:
         self._owners |= dict.fromkeys(sizes, (name, tensor, sizes))
         return pull
 
+    def settled(self, value: T) -> T:
+        """Return records of the IR, or expressions, with baked sizes replaced."""
+        baked = self._baked
+        if not baked:
+            return value
+        return map_record(value, lambda expr: rewrite((expr,), lambda node: baked.get(node, node))[0])
+
+    def shapes(self) -> dict[str, tuple[Expr, ...]]:
+        """Return the symbolic shapes of the captured tensors that have been read so far."""
+        return {name: sizes for name, (_, sizes) in self._params.items()}
+
     def finish(
         self, roots: Iterable[Expr]
     ) -> tuple[tuple[Expr, ...], dict[str, Tensor], tuple[TensorParam, ...], tuple[str, ...]]:
         """Return ``roots`` with baked sizes replaced, and the captured tensors they read, in order of first use."""
         baked = self._baked
-        done = rewrite(roots, lambda node: baked.get(node, node)) if baked else tuple(roots)
+        done = self.settled(tuple(roots))
         tensors: dict[str, Tensor] = {}
         params: list[TensorParam] = []
         for node in postorder(*done):
-            if isinstance(node, Load):
+            if isinstance(node, Load) and node.tensor in self._params:  # others are made in the call
                 name = node.tensor
                 tensor, sizes = self._params[name]
             elif isinstance(node, Size) and node in self._owners:

@@ -15,6 +15,7 @@ from attnlang.ir.verify import MAX_NODES
 DOC = Path(__file__).parents[2] / "docs" / "language.md"
 TEXT = DOC.read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"^```attn\n(.*?)^```", TEXT, re.M | re.S)
+PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT[TEXT.index("### 6.10") :], re.M | re.S)
 ERRORS = re.findall(r"^```attn-error\n(.*?)^```\n+^```text\n(.*?)^```", TEXT, re.M | re.S)
 FREE = 4
 
@@ -106,6 +107,17 @@ def test_programs_compile_and_run(number, tmp_path):
         score, _ = score_of(program, params, tensors, sizes)
         assert mask.shape == score.shape == (2, 4, 12, 16)
         assert mask.any() and score[mask].isfinite().all(), program.name
+
+
+def test_python_programs_compile_and_run():
+    names = {}
+    for block in PYTHON:
+        exec(block, names)  # one after the other, as a reader would
+    programs = {n: x for n, x in names.items() if isinstance(getattr(x, "program", None), ir.Program)}
+    assert len(programs) == sum(block.count("al.program(") for block in PYTHON) >= 9
+    for traced in programs.values():
+        tensors = {n: t.double() if t.is_floating_point() else t for n, t in traced.tensors.items()}
+        runs(traced.program, dict(traced.scalars), tensors)
 
 
 @pytest.mark.parametrize("number", range(len(ERRORS)))

@@ -163,7 +163,8 @@ MISTAKES = {
         lambda: al.program(outputs={"x": al.output(lambda w: w, key=lambda k: k * 0.5, extent=3)}),
         al.ProgramError, "must be an int",
     ),
-    "address": (lambda: al.program(keys=lambda k: k), al.UsageError, "three functions"),
+    "address": (lambda: al.program(keys=(0, lambda k: k)), al.UsageError, "three functions"),
+    "no row of keys": (lambda: al.program(keys=lambda k: k), al.ProgramError, "must return a row"),
     "term called w": (lambda: al.program(terms={"w": al.dot()}), al.UsageError, "'w'"),
 }  # fmt: skip
 
