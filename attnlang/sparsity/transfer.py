@@ -3,8 +3,7 @@
 The analysis asks for ranges of values at indices it only knows as it goes, so it runs where the answers are: on the
 host. The device packs what the mask reads into one buffer, which it can queue without anybody waiting; that buffer
 comes over as it is, since summaries of it that answer exactly would be larger than the numbers themselves (large tables
-are summarised there first, see :mod:`.cells`). Its arrival
-is the only time that the host waits for the device.
+are summarised there first, see :mod:`.cells`). Its arrival is the only time that the host waits for the device.
 """
 
 from __future__ import annotations
