@@ -157,6 +157,7 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
     printer = TritonPrinter(plan, interpreted=interpreted)
     full = section_text(printer, plan.full, (plan.score,))
     partial = section_text(printer, plan.partial, (plan.score, plan.mask))
+    query_row = "" if plan.query_row is None else printer.text(plan.query_row, Level.ROW)
     strides = "with any strides" if not config.descriptors else "with a last stride of 1 and 16-byte aligned rows"
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
         "layout": strides,
@@ -167,6 +168,8 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
         **score_text(printer, plan),
         "distance": full["distance"] or partial["distance"],
         "row_values": lines(printer, plan.row),
+        "query_row": query_row,
+        "query_place": "q_row" if query_row else "q_local" + (".to(tl.int64)" if plan.wide else ""),
         "plan_full": full,
         "plan_partial": partial,
         "bounds": bounds_text(printer, plan.run_bounds("k")),

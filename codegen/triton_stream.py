@@ -204,6 +204,8 @@ def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) 
     Sums over queries, which no instance of the kernel can finish alone, have a kernel of their own
     (:mod:`.triton_columns`).
     """
+    if plan.query_row is not None:
+        raise ValueError("queries of this kernel are in order")
     config = replace(config, descriptors=False)
     printer = _Printer(plan, interpreted=interpreted)
     full = section_text(printer, plan.full, (plan.score,))

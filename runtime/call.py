@@ -31,7 +31,7 @@ class Call:
     ``closed(loop)`` says whether a kernel whose inner loop is over ``"k"`` or ``"q"`` may compute its own
     run bounds and leave the run map alone; where runs come from elsewhere than the mask it may not. ``saves`` asks for
     what a backward pass starts from, beside the outputs. ``order`` says where the rows of query slot q and of key slot
-    k are, as :func:`attnlang.codegen.plan.make_plan` takes it; C++ forward kernels alone know of it.
+    k are, as :func:`attnlang.codegen.plan.make_plan` takes it; forward kernels of softmax attention know of it.
     """
 
     program: Program

@@ -4,7 +4,7 @@ The slots of the call that a kernel sees hold the tokens in the order of the lay
 a token comes from tables (``attnlang.sparsity.layout``). Tables, orders and run maps are made once for everything they
 depend on and remembered.
 
-Where nothing is differentiated on a CPU, the kernel itself reads and writes the rows of its slots where they are.
+Where nothing is differentiated, kernels read and write the rows of their slots where they are, and nothing moves.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from attnlang.ir import (
 
 from . import autograd, dispatch
 from .call import Call
+from .compiled import DEVICES
 from .errors import Unavailable
 from .runs import Memory, identify
 
@@ -212,11 +213,10 @@ def attend(call: Call, choice: Choice, backend: str | None = None) -> tuple[Tens
     if layout is None:
         return dispatch.attend(call, backend)
     here = _arrange(call, layout)
-    if (here.q or here.k) and backend in (None, "cpp") and _in_place(call):
-        from . import cpp
-
+    forward = _in_place(call, backend)
+    if (here.q or here.k) and forward is not None:
         with suppress(Unavailable):  # which the way below explains
-            return cpp.forward(here.read_in_order(call))
+            return forward(here.read_in_order(call))
     o, lse = dispatch.attend(_moved(call, here), backend)
     return _put(o, here.q and here.q.back(), here.heads), _put(lse, here.q and here.q.back(), here.heads)
 
@@ -248,13 +248,23 @@ def gradients(
     return [*back, *found[3 : len(needs)]]
 
 
-def _in_place(call: Call) -> bool:
-    """Whether a kernel may find rows where they are: on a CPU, where nothing records what is done."""
-    if call.q.device.type != "cpu" or autograd.wants_gradients(call) or dispatch.is_batched(call):
-        return False
+def _in_place(call: Call, backend: str | None) -> Callable[[Call], tuple[Tensor, Tensor]] | None:
+    """What runs a kernel that finds rows where they are; None where rows have to be in order.
+
+    That is so where somebody records what is done, for the eager executor, and for matrix units that want rows packed.
+    """
+    chosen = backend or DEVICES.get(call.q.device.type)
+    if chosen not in DEVICES.values() or autograd.wants_gradients(call) or dispatch.is_batched(call):
+        return None
+    if chosen == "triton":
+        try:
+            from . import triton
+        except ImportError:
+            return None
+        return triton.forward
     from . import cpp
 
-    return not cpp.prefers_order(call)
+    return None if cpp.prefers_order(call) else cpp.forward
 
 
 def _roots(program: Program) -> tuple[Expr, ...]:

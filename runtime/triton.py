@@ -45,7 +45,7 @@ def _describable(tensor: Tensor) -> bool:
 def _use_descriptors(call: Call, o: Tensor, target: str) -> bool:
     chip = target.partition(":")
     capable = chip[0] == INTERPRETED or (chip[0] == "cuda" and int(chip[2]) >= 90 and call.q.element_size() == 2)
-    return capable and all(map(_describable, (call.q, call.k, call.v, o)))
+    return capable and call.order == (None, None) and all(map(_describable, (call.q, call.k, call.v, o)))
 
 
 def _output(q: Tensor, value_dim: int) -> Tensor:

@@ -172,7 +172,8 @@ def plan_key(call: Call, target: str) -> tuple[Hashable, ...]:
     """Return what a plan depends on; what is kept under it has to keep the program, so that its id stays taken."""
     dims = (call.q.shape[3], call.v.shape[3])
     storage = tuple(call.storage.items())
-    return id(call.program), call.q.dtype, dims, storage, _needs_wide(call), _closed(call), call.saves, target
+    kind = (_needs_wide(call), _closed(call), call.saves, call.order)
+    return id(call.program), call.q.dtype, dims, storage, *kind, target
 
 
 def _closed(call: Call) -> tuple[str, ...]:
@@ -197,6 +198,7 @@ def plan_of(
         columns=columns,
         captured_grads=captured_grads,
         closed=filter(call.closed, loops),
+        order=(None, None) if backward or columns else call.order,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from address_cases import TEXT
@@ -19,7 +20,7 @@ from attnlang.codegen.triton_common import Config
 from attnlang.codegen.triton_printer import RESERVED
 from attnlang.codegen.triton_pull import emit_backward
 from attnlang.codegen.triton_tiles import shared_limit
-from attnlang.ir import Program
+from attnlang.ir import INT, Load, Program, Size, TensorParam
 from attnlang.ir.build import k, op, q
 from attnlang.passes.streaming import streaming
 
@@ -94,4 +95,17 @@ def test_keys_at_addresses_of_their_own_compile(compiler: Compiler, target: str)
     plan = make_plan(program, dtype="bfloat16", head_dim=64, value_dim=64, storage={"page": "int32"})
     made = compile_plan(plan, target, descriptors=False, compiler=compiler)
     assert made.shared_bytes <= shared_limit(target)
+    assert made.mma
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_rows_in_another_order_compile(compiler: Compiler, target: str) -> None:
+    tables = tuple(TensorParam(f"token_of_{a}", INT, (Size(f"L{a}"),)) for a in "qk")
+    program = replace(al.library.causal, tensors=tables)
+    order = (Load("token_of_q", (q,), INT), Load("token_of_k", (k,), INT))
+    storage = {t.name: "int32" for t in tables}
+    plan = make_plan(program, dtype="bfloat16", head_dim=64, value_dim=64, storage=storage, order=order)
+    made = compile_plan(plan, target, descriptors=False, compiler=compiler)
+    assert made.shared_bytes <= shared_limit(target)
+    assert made.spill_bytes == 0
     assert made.mma
