@@ -20,12 +20,28 @@ LEAST_STACK = 2 << 20
 _SETTINGS = ("OMP_STACKSIZE", "GOMP_STACKSIZE", "KMP_STACKSIZE")
 
 
-@functools.cache
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def team() -> int:
     """Return the address of ``GOMP_parallel`` in the library PyTorch runs on, 0 where kernels make their own threads.
 
-    That is so where PyTorch uses another kind of threads, or ones with less stack than usual.
+    That is so where PyTorch uses another kind of threads, or ones with less stack than usual, and in a process that was
+    forked, in which the threads are not.
     """
+    return 0 if _forked else _found()
+
+
+@functools.cache
+def _found() -> int:
     if any(name in os.environ for name in _SETTINGS) or not _enough_stack():
         return 0
     for path in _loaded():

@@ -48,9 +48,29 @@ def check_float32(instance: Instance, backend: str, d: int = 24, dv: int | None 
     assert (o[empty] == 0).all() and torch.isneginf(lse[empty]).all()
 
 
-@pytest.mark.parametrize("name, backend", [(name, backend) for name in BROAD for backend in ("cpp", "eager")])
-def test_float32(name: str, backend: str) -> None:
-    check_float32(CASES[name].instance("medium"), backend, dv=40)
+@pytest.mark.parametrize("name", BROAD)
+def test_float32_without_kernels(name: str) -> None:
+    check_float32(CASES[name].instance("medium"), "eager", dv=40)
+
+
+OPTIMISED = list(BROAD)[::3]
+
+
+@pytest.mark.parametrize("name", OPTIMISED)
+def test_float32(name: str) -> None:
+    check_float32(CASES[name].instance("medium"), "cpp", dv=40)
+
+
+@pytest.mark.usefixtures("lightly_optimised")
+@pytest.mark.parametrize("name", [name for name in BROAD if name not in OPTIMISED])
+def test_float32_lightly_optimised(name: str) -> None:
+    check_float32(CASES[name].instance("medium"), "cpp", dv=40)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in CASES if name not in OPTIMISED])
+def test_float32_of_the_others(name: str) -> None:
+    check_float32(CASES[name].instance("medium"), "cpp", dv=40)
 
 
 @pytest.mark.usefixtures("lightly_optimised")

@@ -11,6 +11,8 @@ from peer import B, D, H, K, Q
 
 import attnlang as al
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 
 def causal(b, h, q, k):
     return q >= k

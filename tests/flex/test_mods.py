@@ -11,6 +11,8 @@ from peer import B, D, H, K, Q, agree
 
 import attnlang as al
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 # --- score functions
 
 

@@ -12,6 +12,8 @@ import attnlang as al
 from attnlang.ir import Program, reference_attention
 from attnlang.runtime import autograd, dispatch, eager
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 Tensor = torch.Tensor
 SMALL = {"batch": 2, "heads": 2, "lq": 9, "lk": 9}
 

@@ -13,6 +13,8 @@ from attnlang.ir import UsageError
 from attnlang.runtime import layouts
 from attnlang.sparsity import Dim, Hilbert, Layout, Patches
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 BIASED = al.parse("""
 pattern biased(height: int, width: int, reach: int = 3, doc: int[B, Lk], keep: bool[H, Lk], table: float[H, 16],
                gate: float[Lk]):

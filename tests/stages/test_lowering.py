@@ -34,6 +34,8 @@ from attnlang.runtime.compiled import has_kernel
 from attnlang.runtime.lowering import apart, lowered
 from attnlang.runtime.stages import softmax_roles
 
+pytestmark = pytest.mark.usefixtures("lightly_optimised")
+
 CAUSAL = op("ge", q, k)
 DISTANCE = op("to_float", op("abs", op("sub", q, k)))
 NEAR = op("le", op("abs", op("sub", q, k)), 9)

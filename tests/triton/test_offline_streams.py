@@ -37,8 +37,13 @@ def plan_of(name: str, **kind: object) -> KernelPlan:
     return make_plan(program, dtype="bfloat16", head_dim=64, value_dim=64, storage=storage, **kind)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
-@pytest.mark.parametrize("name", ["sink", "sigmoid", "cog", "decay", "entropy", "cut", "peak"])
+NAMES = ("sink", "sigmoid", "cog", "decay", "entropy", "cut", "peak")
+TARGETS = ("cuda:90", "hip:gfx942")
+EVERY = [(name, TARGETS[(i + j) % 2]) for j in range(2) for i, name in enumerate(NAMES)]
+"""The first half is compiled with every change, `make test-long` compiles the rest."""
+
+
+@pytest.mark.parametrize("name, target", [*EVERY[:7], *(pytest.param(*x, marks=pytest.mark.long) for x in EVERY[7:])])
 def test_compiles(compiler: Compiler, name: str, target: str) -> None:
     made = compile_plan(plan_of(name), target, descriptors=False, compiler=compiler)
     assert made.shared_bytes <= shared_limit(target)
