@@ -35,11 +35,12 @@ from attnlang.ir import (
 )
 from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
+from attnlang.passes.buckets import in_buckets
 from attnlang.passes.simplify import map_program
 
-from . import regions
+from . import buckets, regions
 from .call import Call
-from .compiled import DEVICES, has_kernel, kernel_of
+from .compiled import DEVICES, has_gradient, has_kernel, kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
 from .lowering import lowered
@@ -148,20 +149,34 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
 
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
         if backend == "eager":
-            return one(stage, here)
+            return one(call, stage, here)
         if has_roots(stage, here) and compiled and has_kernel(probe(stage)):
             stage, roots = without_roots(stage, here, attend)
             here = replace(here, tensors={**here.tensors, **roots})
         found = lowered(stage, here, call.scale)
-        if not all(softmax_roles(part) is not None or (compiled and has_kernel(part)) for part in found.parts):
-            return one(stage, here)
-        here = replace(here, tensors={**here.tensors, **found.tensors})
+        inner = replace(here, tensors={**here.tensors, **found.tensors})
+        ways = [way(part, inner, NARROW if len(found.parts) > 1 else 0) for part in found.parts]
+        if None in ways:
+            return one(call, stage, here)
         made: dict[str, Tensor] = {}
-        for part in found.parts:
-            made |= one(part, here, NARROW if len(found.parts) > 1 else 0)
+        for run in filter(None, ways):
+            made |= run()
         return made | {name: change(made[name].to(dtype)) for name, change in found.after.items()}
 
-    def one(stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
+    def way(part: Attend, here: Environment, key_tile: int) -> Callable[[], dict[str, Tensor]] | None:
+        """How kernels run a part of a stage, None where they do not."""
+        if softmax_roles(part) is not None or (compiled and has_kernel(part)):
+            return lambda: one(call, part, here, key_tile)
+        apart = in_buckets(part) if compiled else None
+        if apart is None or not all(softmax_roles(s) is not None or has_kernel(s) for s in apart.stages):
+            return None
+        floats = (*here.tensors.values(), *operands.values())
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
+        if recorded and backend is None and not all(softmax_roles(s) is not None or has_gradient(s) for s in apart.smooth):
+            return None  # the blockwise executor makes these gradients, and better in one pass
+        return (lambda: buckets.run(apart, part, call, here, one)) if buckets.fits(apart, part, here) else None
+
+    def one(call: Call, stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
         roles = softmax_roles(stage)
         if roles is not None:
             return _plain(call, stage, here, roles, attention, key_tile)
