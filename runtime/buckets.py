@@ -10,13 +10,14 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from attnlang.ir import (
     INT,
     Attend,
+    Branch,
     Environment,
     Expr,
     Load,
@@ -37,14 +38,25 @@ from attnlang.passes.buckets import FIRST, KEYS, QUERIES, VALUES, WHOLE, Buckete
 from .call import Call
 from .gathers import LARGEST
 
-__all__ = ["fits", "run"]
+if TYPE_CHECKING:
+    from attnlang.sparsity import RunMap
+
+__all__ = ["TILE", "fits", "run"]
 
 Tensor = torch.Tensor
 Attending: TypeAlias = Callable[[Call, Attend, Environment], dict[str, Tensor]]
 """Runs a stage of one program, all of whose tensors the environment binds."""
+RunsOf: TypeAlias = "Callable[[Call, Attend, Environment], RunMap]"
 
 MOST = 1 << 26
 """Floats of operands of the buckets that run at once: gradients of q, k and v are made for each bucket."""
+FEW = 16
+"""Buckets that are run without a look at their run map, and passes over all pairs that they may come to together: about
+what the blockwise executor takes for one."""
+MANY = 1 << 12
+"""Buckets that are too many to look at."""
+TILE = (128, 128)
+"""The tile at which passes are counted."""
 
 
 def _heads(env: Environment) -> int:
@@ -60,8 +72,11 @@ def _number(extents: tuple[Expr, ...], env: Environment) -> int:
     return math.prod(max(0, int(evaluate(e, replace(env, indices={})))) for e in extents)
 
 
-def fits(found: Bucketed, stage: Attend, env: Environment) -> bool:
-    """Whether there is something to run, and no tensor of all buckets is too large."""
+def fits(found: Bucketed, stage: Attend, call: Call, env: Environment, runs: RunsOf) -> bool:
+    """Whether there is something to run, no tensor of all buckets is too large, and their pairs lie in few tiles.
+
+    ``runs`` gives the run map of a stage at :data:`TILE`.
+    """
     lq, lk = _lengths(stage, env)
     taken = {*env.tensors, *env.operands, *env.sizes, *env.params}
     made = {f"{st.name}_statistic" for level in found.levels for st in level.stats}
@@ -75,11 +90,22 @@ def fits(found: Bucketed, stage: Attend, env: Environment) -> bool:
     if any(t.shape[:3] != (batch, shared, lk) for t in keys) or heads % shared:
         return False
     for part in found.buckets:
+        count = _number(part.extents, env)
         features = 1 if part.rows is None else env.rows(part.rows.source).shape[-1]
         rows = max(lk if out.over == "q" else lq for out in part.stage.outputs)
-        if not 0 < _heads(env) * rows * _number(part.extents, env) * features <= LARGEST:
+        if not 0 < count <= MANY or _heads(env) * rows * count * features > LARGEST:
             return False
-    return True
+    return all(_passes(part, stage, call, env, runs) <= FEW for part in found.buckets)
+
+
+def _passes(part: InBuckets, stage: Attend, call: Call, env: Environment, runs: RunsOf) -> float:
+    """How many times all pairs the tiles of all buckets are."""
+    count = _number(part.extents, env)
+    if count <= FEW:
+        return count
+    bare = replace(part.stage, branches=(Branch(part.stage.branch.mask),), outputs=())
+    found = runs(*_bound(replace(part, stage=bare), stage, call, env, 0, count))
+    return float(found.row_tiles().sum()) / (found.heads * found.nq * found.nk) * (count / found.batch)
 
 
 def run(found: Bucketed, stage: Attend, call: Call, env: Environment, attend: Attending) -> dict[str, Tensor]:
@@ -141,29 +167,38 @@ def _seeded(st: Stat, value: Tensor, stage: Attend, env: Environment, stats: Map
     return combine(value, seed)
 
 
+def _sources(part: InBuckets, stage: Attend) -> dict[str, str]:
+    """Where the operands of a stage in buckets come from."""
+    (term,) = stage.terms
+    found = {QUERIES: term.left.source, KEYS: term.right.source}
+    return found if part.rows is None else {**found, VALUES: part.rows.source}
+
+
+def _bound(
+    part: InBuckets, stage: Attend, call: Call, env: Environment, first: int, count: int
+) -> tuple[Call, Attend, Environment]:
+    """What runs ``count`` buckets from ``first`` on."""
+    rows = {name: env.rows(source).flatten(0, 1)[None] for name, source in _sources(part, stage).items()}
+    sizes = {**env.sizes, **{there: env.sizes[a] for a, there in WHOLE.items()}}
+    sizes |= {"B": count, "H": rows[QUERIES].shape[1], "Hkv": rows[KEYS].shape[1]}
+    params = {**env.params, FIRST.name: first}
+    tensors = {**_read(part.stage, env), **{name: t.expand(count, -1, -1, -1) for name, t in rows.items()}}
+    here = replace(env, sizes=sizes, params=params, tensors=tensors, operands={})
+    inner = replace(call, program=_program(call.program, part.stage), sizes=sizes, params=params)
+    return inner, part.stage, here
+
+
 def _in_buckets(
     part: InBuckets, stage: Attend, call: Call, env: Environment, attend: Attending
 ) -> dict[str, Tensor]:
     """What every bucket makes, by name: [B, H, rows, buckets] and the features of summed rows after that."""
-    buckets, (lq, lk) = _number(part.extents, env), _lengths(stage, env)
-    (term,) = stage.terms
-    sources = {QUERIES: term.left.source, KEYS: term.right.source}
-    if part.rows is not None:
-        sources[VALUES] = part.rows.source
-    rows = {name: env.rows(source).flatten(0, 1)[None] for name, source in sources.items()}
-    floats = _heads(env) * max(lq, lk) * max(t.shape[-1] for t in rows.values())
-    step = max(1, min(buckets, MOST // max(1, floats)))
-    inner, tensors = _program(call.program, part.stage), _read(part.stage, env)
-    sizes = {**env.sizes, **{there: env.sizes[a] for a, there in WHOLE.items()}}
-    sizes |= {"H": rows[QUERIES].shape[1], "Hkv": rows[KEYS].shape[1]}
-    found = []
-    for first in range(0, buckets, step):
-        count = min(step, buckets - first)
-        sizes["B"] = count
-        views = {name: t.expand(count, -1, -1, -1) for name, t in rows.items()}
-        params = {**env.params, FIRST.name: first}
-        here = replace(env, sizes=dict(sizes), params=params, tensors={**tensors, **views}, operands={})
-        found.append(attend(replace(call, program=inner, sizes=here.sizes, params=params), part.stage, here))
+    buckets = _number(part.extents, env)
+    features = max(env.rows(source).shape[-1] for source in _sources(part, stage).values())
+    step = max(1, min(buckets, MOST // max(1, _heads(env) * max(_lengths(stage, env)) * features)))
+    found = [
+        attend(*_bound(part, stage, call, env, first, min(step, buckets - first)))
+        for first in range(0, buckets, step)
+    ]
     return {
         out.name: torch.cat([made[out.name].to(env.float_dtype) for made in found])
         .unflatten(1, (env.sizes["B"], env.sizes["H"]))

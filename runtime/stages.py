@@ -35,7 +35,7 @@ from attnlang.ir import (
 )
 from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
-from attnlang.passes.buckets import in_buckets
+from attnlang.passes.buckets import FIRST, in_buckets
 from attnlang.passes.simplify import map_program
 
 from . import buckets, regions
@@ -45,7 +45,7 @@ from .eager import compute_dtype
 from .errors import Unavailable
 from .lowering import lowered
 from .roots import has_roots, probe, without_roots
-from .runs import run_maps
+from .runs import Runs, run_maps
 
 __all__ = ["run", "softmax_roles"]
 
@@ -174,7 +174,9 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
         if recorded and backend is None and not all(softmax_roles(s) is not None or has_gradient(s) for s in apart.smooth):
             return None  # the blockwise executor makes these gradients, and better in one pass
-        return (lambda: buckets.run(apart, part, call, here, one)) if buckets.fits(apart, part, here) else None
+        if not buckets.fits(apart, part, call, here, lambda *given: _runs_of(*given)[2](buckets.TILE)):
+            return None
+        return lambda: buckets.run(apart, part, call, here, one)
 
     def one(call: Call, stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
         roles = softmax_roles(stage)
@@ -213,7 +215,8 @@ def _plain(
     return {out: o} | ({lse: total} if lse is not None else {})
 
 
-def _general(call: Call, stage: Attend, here: Environment, backend: str | None) -> dict[str, Tensor]:
+def _runs_of(call: Call, stage: Attend, here: Environment) -> tuple[Program, dict[str, int], Runs]:
+    """A stage as a program of its own, its sizes, and the run maps of what any branch sees."""
     alone, sizes = _alone(call.program, stage, here)
     inner = alone.attend
     masks = [branch.mask for branch in inner.branches]
@@ -222,9 +225,16 @@ def _general(call: Call, stage: Attend, here: Environment, backend: str | None) 
         moved: dict[Expr, Expr] = {Index(axis): e for axis, e in inner.position}
         union = replace(union, branches=(Branch(substitute(any_of(*masks), moved)),))
     seen = replace(alone, stages=(union,))
-    runs = run_maps.provider(seen, sizes, call.params, here.tensors)
+    warns = FIRST.name not in call.params  # that a bucket is empty is no mistake
+    return alone, sizes, run_maps.provider(seen, sizes, call.params, here.tensors, warns)
+
+
+def _general(call: Call, stage: Attend, here: Environment, backend: str | None) -> dict[str, Tensor]:
+    alone, sizes, runs = _runs_of(call, stage, here)
+    inner = alone.attend
+    masks = {branch.mask for branch in inner.branches}
     env = replace(here, sizes=sizes)
-    work = regions.Work(inner, env, call.scale, runs, exact=len(set(masks)) == 1)
+    work = regions.Work(inner, env, call.scale, runs, exact=len(masks) == 1)
     if backend != "eager":
         try:
             kernel = kernel_of(replace(call, runs=runs), alone, work, backend)
