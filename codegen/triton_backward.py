@@ -162,7 +162,8 @@ def grad_texts(printer: PairPrinter, plan: KernelPlan, kernel: str, factor: str 
     for i, grad in enumerate(plan.grads):
         if belongs(grad, kernel):
             kind = kind_of(grad)
-            offsets, place, step = [], "", ""
+            offsets: list[str] = []
+            place, step = "", ""
             if kind == Scatter.ROWS.value:
                 offsets, place, step = printer.in_row(grad.load, f"grad{i}")
             elif kind in SCATTERED:

@@ -1,7 +1,7 @@
 """Stages with groups and keys run as stages without: what :mod:`attnlang.passes.buckets` makes of a stage, in order.
 
-Operands of a stage in buckets are views of those of the call with the buckets as batch, stride 0; gradients flow through
-these views. Numbers of rows are [buckets, B * H, Lq] there and become [B, H, Lq, buckets] without a copy.
+Operands of a stage in buckets are views of those of the call with the buckets as batch, stride 0; gradients flow
+through these views. Numbers of rows are [buckets, B * H, Lq] there and become [B, H, Lq, buckets] without a copy.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ Attending: TypeAlias = Callable[[Call, Attend, Environment], dict[str, Tensor]]
 """Runs a stage of one program, all of whose tensors the environment binds."""
 RunsOf: TypeAlias = "Callable[[Call, Attend, Environment], RunMap]"
 
+_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 MOST = 1 << 26
 """Floats of operands of the buckets that run at once: gradients of q, k and v are made for each bucket."""
 FEW = 16
@@ -163,8 +168,7 @@ def _seeded(st: Stat, value: Tensor, stage: Attend, env: Environment, stats: Map
     safe = {n: torch.where(t.isinf(), 0.0, t) if t.dim() == 3 else t for n, t in stats.items()}
     seed = _row(st.seed, stage, env, safe)
     seed = seed if st.grouped else seed[..., 0]
-    combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[st.monoid]
-    return combine(value, seed)
+    return _COMBINE[st.monoid](value, seed)
 
 
 def _sources(part: InBuckets, stage: Attend) -> dict[str, str]:
@@ -181,23 +185,20 @@ def _bound(
     rows = {name: env.rows(source).flatten(0, 1)[None] for name, source in _sources(part, stage).items()}
     sizes = {**env.sizes, **{there: env.sizes[a] for a, there in WHOLE.items()}}
     sizes |= {"B": count, "H": rows[QUERIES].shape[1], "Hkv": rows[KEYS].shape[1]}
-    params = {**env.params, FIRST.name: first}
+    params = {**call.params, FIRST.name: first}
     tensors = {**_read(part.stage, env), **{name: t.expand(count, -1, -1, -1) for name, t in rows.items()}}
     here = replace(env, sizes=sizes, params=params, tensors=tensors, operands={})
     inner = replace(call, program=_program(call.program, part.stage), sizes=sizes, params=params)
     return inner, part.stage, here
 
 
-def _in_buckets(
-    part: InBuckets, stage: Attend, call: Call, env: Environment, attend: Attending
-) -> dict[str, Tensor]:
+def _in_buckets(part: InBuckets, stage: Attend, call: Call, env: Environment, attend: Attending) -> dict[str, Tensor]:
     """What every bucket makes, by name: [B, H, rows, buckets] and the features of summed rows after that."""
     buckets = _number(part.extents, env)
     features = max(env.rows(source).shape[-1] for source in _sources(part, stage).values())
     step = max(1, min(buckets, MOST // max(1, _heads(env) * max(_lengths(stage, env)) * features)))
     found = [
-        attend(*_bound(part, stage, call, env, first, min(step, buckets - first)))
-        for first in range(0, buckets, step)
+        attend(*_bound(part, stage, call, env, first, min(step, buckets - first))) for first in range(0, buckets, step)
     ]
     return {
         out.name: torch.cat([made[out.name].to(env.float_dtype) for made in found])

@@ -163,17 +163,18 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
             made |= run()
         return made | {name: change(made[name].to(dtype)) for name, change in found.after.items()}
 
+    def served(stage: Attend) -> bool:
+        return softmax_roles(stage) is not None or (compiled and has_kernel(stage))
+
     def way(part: Attend, here: Environment, key_tile: int) -> Callable[[], dict[str, Tensor]] | None:
         """How kernels run a part of a stage, None where they do not."""
-        if softmax_roles(part) is not None or (compiled and has_kernel(part)):
+        if served(part):
             return lambda: one(call, part, here, key_tile)
-        apart = in_buckets(part) if compiled else None
-        if apart is None or not all(softmax_roles(s) is not None or has_kernel(s) for s in apart.stages):
+        apart = in_buckets(part)
+        if apart is None or not all(map(served, apart.stages)):
             return None
-        floats = (*here.tensors.values(), *operands.values())
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in floats)
-        if recorded and backend is None and not all(softmax_roles(s) is not None or has_gradient(s) for s in apart.smooth):
-            return None  # the blockwise executor makes these gradients, and better in one pass
+        if backend is None and _recorded(here) and not all(map(_differentiable, apart.smooth)):
+            return None  # gradients that the blockwise executor makes are better made in one pass
         if not buckets.fits(apart, part, call, here, lambda *given: _runs_of(*given)[2](buckets.TILE)):
             return None
         return lambda: buckets.run(apart, part, call, here, one)
@@ -186,6 +187,15 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
 
     made = run_stages(program, env, attend)
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
+
+
+def _recorded(env: Environment) -> bool:
+    """Whether autograd records what is made of the tensors of ``env``."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*env.tensors.values(), *env.operands.values()))
+
+
+def _differentiable(stage: Attend) -> bool:
+    return softmax_roles(stage) is not None or has_gradient(stage)
 
 
 def _cast(program: Program, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ Tensor = torch.Tensor
 BUFFER_LIMIT = 1 << 28
 """Floats a buffer of a captured gradient may take before the PyTorch fallback is used."""
 MOST_PLACES = 1 << 10
-"""Elements of a query in a gradient that are added one after the other, a tile of pairs meeting all of them at worst."""
+"""Elements of a query in a gradient that are added one after the other; at worst a tile of pairs meets all of them."""
 INSTANCES = 512
 """Program instances wanted where sums along diagonals are private to each; a constant, so that sums do not depend on
 the device."""

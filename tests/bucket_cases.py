@@ -79,7 +79,10 @@ SMOOTH = tuple(n for n in PROGRAMS if n not in SHARP)
 def leaves(program: Program, length: int, heads: tuple[int, int] = (4, 2), dim: int = 16) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = {"B": 2, "H": heads[0], "Lq": length, "Lk": length}
-    found = {n: torch.randn(2, count, length, dim, generator=generator) for n, count in zip("qkv", (*heads, heads[1]))}
+    found = {
+        n: torch.randn(2, count, length, dim, generator=generator)
+        for n, count in zip("qkv", (*heads, heads[1]), strict=True)
+    }
     for t in program.tensors:
         shape = [int(evaluate(d, Environment(sizes=sizes))) for d in t.shape]
         ints = torch.randint(-1, 2, shape, generator=generator)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from attnlang.ir import (
     FLOAT,
@@ -56,6 +57,8 @@ WHOLE = {name: f"{name}_whole" for name in ("B", "H", "Hkv")}
 """Names that sizes of the call have in a stage in buckets."""
 _BUCKET = Param("bucket", INT)
 _NOTHING = Normalizer("none", (), const(1.0))
+_Kind: TypeAlias = tuple[tuple[Expr, ...], tuple[Expr, ...], bool, str]
+"""Outputs that one stage makes in buckets: keys, extents, whether over q, and the name of one that sums rows."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class Bucketed:
     def smooth(self) -> tuple[Attend, ...]:
         """Every stage that gradients pass through."""
         levels = [level for level in self.levels if not level.constant]
-        buckets = (*(level.grouped for level in levels), *self.keyed)
-        found = (*(level.whole for level in levels), self.rest, *(x and x.stage for x in buckets))
+        buckets = (*(level.grouped for level in levels if level.grouped is not None), *self.keyed)
+        found = (*(level.whole for level in levels), self.rest, *(x.stage for x in buckets))
         return tuple(s for s in found if s is not None)
 
     @property
@@ -177,7 +180,7 @@ class _Stages:
     def rest(self, outputs: tuple[Output, ...]) -> Attend:
         """A stage over all pairs that makes ``outputs`` and keeps the statistics it can make itself.
 
-        Where it reads one of a group, it takes from tensors whatever this one was made with: the same number everywhere.
+        Where it reads one of a group, it takes what this one was made with from tensors, too: one number everywhere.
         """
         grouped, norm = {st.name for st in self.stats if st.grouped}, self.branch.normalizer
         if grouped & self.reads(outputs):
@@ -205,7 +208,8 @@ class _Stages:
         def change(e: Expr) -> Expr:
             return substitute(substitute(self.composed(e), found), moved)
 
-        inside, place = [], _BUCKET
+        inside: list[Expr] = []
+        place: Expr = _BUCKET
         for number, (key, extent) in reversed(list(enumerate(zip(keys, extents, strict=True)))):
             inside.append(op("eq", key, op("mod", place, extent) if number else place))
             place = op("floordiv", place, extent)
@@ -273,18 +277,18 @@ def in_buckets(stage: Attend) -> Bucketed | None:
     inside = stages.reads(others_) & grouped
     stages.needed = stages.closed(stages.reads((*keyed, *wide)) | inside)
     rest = tuple(_of_rows(out) if out in reduced else out for out in others_)
-    together: dict[object, list[Output]] = {}
+    together: dict[_Kind, list[Output]] = {}
     for out in keyed:
         at = bucket_keys(out)
         keys, extents = (tuple(found[n] for n in at) for found in (out.key, out.extents))
-        kind = (keys, extents, out.over == "q", out.name if out.rows is not None else None)
+        kind = (keys, extents, out.over == "q", "" if out.rows is None else out.name)
         together.setdefault(kind, []).append(_of_rows(out))
     return Bucketed(
         stages.levels(),
         stages.rest(rest) if rest else None,
         tuple(
             stages.bucketed(f"{stage.name}_in_buckets_{number}", outs, keys, extents)
-            for number, ((keys, extents, *_), outs) in enumerate(together.items())  # type: ignore[misc]
+            for number, ((keys, extents, *_), outs) in enumerate(together.items())
         ),
         reduced,
         wide,

@@ -148,6 +148,11 @@ def _outputs(stream: Streaming, random: _Random, name: str, by: float) -> list[T
 
 
 GROUPS = 2
+_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 _IDENTITY = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}
 
 
@@ -196,11 +201,11 @@ def _conditions(exprs: list[Expr], random: _Random, generator: torch.Generator) 
     """Random truth for every comparison of a pair that reads nothing of the row, so that each choice is met."""
     found: dict[str, Tensor] = {}
     for n in postorder(*exprs):
-        if isinstance(n, Op) and n.type is BOOL and n.operands and n.operands[0].type is not BOOL:
-            if not any(isinstance(m, Input) for m in postorder(n)):
-                name = f"condition {len(found)}"
-                found[name] = torch.rand(ROWS, KEYS, generator=generator) > 0.5
-                random.loads[n] = Input(name, BOOL)
+        compares = isinstance(n, Op) and n.type is BOOL and n.operands[0].type is not BOOL
+        if compares and not any(isinstance(m, Input) for m in postorder(n)):
+            name = f"condition {len(found)}"
+            found[name] = torch.rand(ROWS, KEYS, generator=generator) > 0.5
+            random.loads[n] = Input(name, BOOL)
     return found
 
 
@@ -219,5 +224,4 @@ def _statistic(
     if st.seed is None:
         return value
     seed = _value(st.seed, random, held, chosen)
-    combine = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[st.monoid]
-    return combine(value, seed)
+    return _COMBINE[st.monoid](value, seed)
