@@ -53,7 +53,7 @@ _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "max": torch.maximum,
     "min": torch.minimum,
 }
-MOST = 1 << 26
+MOST = 1 << 25
 """Floats of operands of the buckets that run at once: gradients of q, k and v are made for each bucket."""
 FEW = 16
 """Buckets that are run without a look at their run map, and passes over all pairs that they may come to together: about
