@@ -33,7 +33,7 @@ from attnlang.ir import (
     substitute,
 )
 from attnlang.ir.nodes import Input
-from attnlang.passes.buckets import FIRST, KEYS, QUERIES, VALUES, WHOLE, Bucketed, InBuckets, bucket_keys
+from attnlang.passes.buckets import FIRST, KEYS, QUERIES, VALUES, WHOLE, Bucketed, InBuckets, bucket_keys, tensor_of
 
 from .call import Call
 from .gathers import LARGEST
@@ -84,7 +84,7 @@ def fits(found: Bucketed, stage: Attend, call: Call, env: Environment, runs: Run
     """
     lq, lk = _lengths(stage, env)
     taken = {*env.tensors, *env.operands, *env.sizes, *env.params}
-    made = {f"{st.name}_statistic" for level in found.levels for st in level.stats}
+    made = {tensor_of(st) for level in found.levels for st in level.stats}
     if ({QUERIES, KEYS, VALUES, FIRST.name, *WHOLE.values()} | made) & taken:
         return False
     (term,), (batch, heads) = stage.terms, (env.sizes["B"], env.sizes["H"])
@@ -126,9 +126,9 @@ def run(found: Bucketed, stage: Attend, call: Call, env: Environment, attend: At
             if level.grouped is not None:
                 values |= _in_buckets(level.grouped, stage, call, here, attend)
         for st in level.stats:
-            value = _seeded(st, values[st.name].to(env.float_dtype), stage, env, stats)
+            value = _seeded(st, values[tensor_of(st)].to(env.float_dtype), stage, env, stats)
             stats[st.name] = value.detach() if level.constant else value
-            made[f"{st.name}_statistic"] = stats[st.name]
+            made[tensor_of(st)] = stats[st.name]
     here = replace(env, tensors={**env.tensors, **made})
     outputs = {} if found.rest is None else dict(attend(call, found.rest, here))
     for part in found.keyed:

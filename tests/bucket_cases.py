@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
 import attnlang as al
+from attnlang import library
 from attnlang.grammar import parse
 from attnlang.ir import INT, Environment, Program, evaluate, reference
 
@@ -46,6 +49,13 @@ pattern distances:
     output near = sum(w, over=k, key=min((q - k) // 4, 5), extent=6)
     output both = sum(w * float(q - k), over=k, key=((q - k) % 3 - 1, k // 32), extent=(2, 3))
 
+pattern read_by_pairs(bucket: int, bias: float[B, H, Lq, Lk], head: float[H]):
+    \"\"\"Captured tensors in buckets, a parameter called like one, and dropout.\"\"\"
+    mask = k <= q and (q + h) % 5 > 0
+    score = s + bias[b, h, q, k]
+    weights = dropout(w * head[h], 0.2, bucket)
+    output mass = sum(w, over=k, key=(k + h) % 3, extent=bucket)
+
 pattern rows_in_buckets:
     normalize = elementwise(sigmoid(s), divisor=count)
     output o = sum(w * V, over=k, key=(q + k) % 3, extent=3)
@@ -70,7 +80,11 @@ pattern block_maxima:
 """
 
 _PATTERNS = parse(TEXT).patterns
-PROGRAMS: dict[str, Program] = dict(_PATTERNS)
+PROGRAMS: dict[str, Program] = {**_PATTERNS, "landmark": library.landmark}
+NUMBERS: dict[str, dict[str, float]] = defaultdict(
+    dict, read_by_pairs={"bucket": 3}, landmark={"block": 8, "factor": 0.25}
+)
+"""Scalar parameters."""
 SHARP = ("block_maxima",)
 """Programs whose gradients go to the pair that made an extremum."""
 SMOOTH = tuple(n for n in PROGRAMS if n not in SHARP)
@@ -95,9 +109,11 @@ def results(program: Program, given: dict[str, Tensor], backend: str) -> dict[st
     (b, h, lq, d), (_, hkv, lk, _) = operands[0].shape, operands[1].shape
     if backend == "reference":
         sizes = {"B": b, "H": h, "Hkv": hkv, "Lq": lq, "Lk": lk}
-        return reference(program, *operands, sizes, {}, others, d**-0.5)
+        return reference(program, *operands, sizes, dict(NUMBERS[program.name]), others, d**-0.5)
     both = {"return_lse": True} if "lse" in program.results else {}
-    found = al.compile(program, backend=backend or None)(*operands, **others, return_aux=True, **both)
+    found = al.compile(program, backend=backend or None)(
+        *operands, **others, **NUMBERS[program.name], return_aux=True, **both
+    )
     if isinstance(found, dict):
         return found
     return {**dict(zip(("o", "lse"), found[:-1], strict=False)), **found[-1]}

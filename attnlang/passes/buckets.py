@@ -47,7 +47,19 @@ from .shifts import moves_nothing
 from .simplify import map_record, simplify
 from .streaming import IDENTITY
 
-__all__ = ["FIRST", "KEYS", "QUERIES", "VALUES", "WHOLE", "Bucketed", "InBuckets", "Level", "bucket_keys", "in_buckets"]
+__all__ = [
+    "FIRST",
+    "KEYS",
+    "QUERIES",
+    "VALUES",
+    "WHOLE",
+    "Bucketed",
+    "InBuckets",
+    "Level",
+    "bucket_keys",
+    "in_buckets",
+    "tensor_of",
+]
 
 FIRST = Param("first_bucket", INT)
 """The bucket of the first batch element."""
@@ -55,7 +67,7 @@ QUERIES, KEYS, VALUES = "bucket_queries", "bucket_keys", "bucket_values"
 """Names of the operands of a stage in buckets."""
 WHOLE = {name: f"{name}_whole" for name in ("B", "H", "Hkv")}
 """Names that sizes of the call have in a stage in buckets."""
-_BUCKET = Param("bucket", INT)
+_BUCKET = Param("number of the bucket", INT)  # no name of a program; it stands for the batch element until that is free
 _NOTHING = Normalizer("none", (), const(1.0))
 _Kind: TypeAlias = tuple[tuple[Expr, ...], tuple[Expr, ...], bool, str]
 """Outputs that one stage makes in buckets: keys, extents, whether over q, and the name of one that sums rows."""
@@ -115,10 +127,15 @@ class Bucketed:
         return tuple(s for s in found if s is not None)
 
 
-def place_of(found: Stat, group: Expr | None) -> Load:
-    """Where a pair reads a statistic that was made before: [B, H, Lq] or, one a group, [B, H, Lq, groups]."""
+def tensor_of(found: Stat) -> str:
+    """The tensor a statistic is read from, and the output that makes it: [B, H, Lq] or [B, H, Lq, groups]."""
+    return f"{found.name}_statistic"
+
+
+def _place(found: Stat, group: Expr | None) -> Load:
+    """Where a pair reads a statistic."""
     places = (b, h, q) if group is None or not found.grouped else (b, h, q, group)
-    return Load(f"{found.name}_statistic", places, FLOAT)
+    return Load(tensor_of(found), places, FLOAT)
 
 
 def bucket_keys(out: Output) -> tuple[int, ...]:
@@ -139,7 +156,7 @@ def _parts(found: Stat) -> tuple[Expr, ...]:
 
 
 def _made(found: Stat) -> Output:
-    return Output(found.name, found.lift, monoid=found.monoid, empty=IDENTITY[found.monoid])
+    return Output(tensor_of(found), found.lift, monoid=found.monoid, empty=IDENTITY[found.monoid])
 
 
 class _Stages:
@@ -168,7 +185,7 @@ class _Stages:
         return self.closed(_names(*(self.composed(out.value) for out in outputs)))
 
     def places(self, group: Expr | None) -> dict[Expr, Expr]:
-        return {stat(st.name): place_of(st, group) for st in self.stats if st.name in self.needed}
+        return {stat(st.name): _place(st, group) for st in self.stats if st.name in self.needed}
 
     def whole(self, name: str, outputs: Iterable[Output]) -> Attend:
         """A stage over all pairs that reads every statistic from a tensor."""

@@ -18,33 +18,35 @@ def no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regions, "_backward", None)
 
 
-@pytest.mark.usefixtures("lightly_optimised", "no_blocks")
+@pytest.mark.usefixtures("unoptimised", "no_blocks")
 @pytest.mark.parametrize("name", SMOOTH)
 def test_values_and_gradients(name: str) -> None:
     compare(PROGRAMS[name], leaves(PROGRAMS[name], LENGTH), "cpp")
 
 
-@pytest.mark.usefixtures("lightly_optimised", "no_blocks")
+@pytest.mark.usefixtures("unoptimised", "no_blocks")
 @pytest.mark.parametrize("name", SHARP)
 def test_extrema(name: str) -> None:
     compare(PROGRAMS[name], leaves(PROGRAMS[name], LENGTH), "cpp", wanted=False)
 
 
-@pytest.mark.usefixtures("lightly_optimised", "no_blocks")
+@pytest.mark.usefixtures("unoptimised", "no_blocks")
 def test_buckets_may_run_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "MOST", 1)
     compare(PROGRAMS["softmax_in_groups"], leaves(PROGRAMS["softmax_in_groups"], LENGTH), "cpp")
 
 
-@pytest.mark.usefixtures("lightly_optimised")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize(("name", "length"), [("softmax_in_groups", 0), ("block_sums", 0), ("softmax_in_groups", 1)])
 def test_short_rows(name: str, length: int) -> None:
     compare(PROGRAMS[name], leaves(PROGRAMS[name], length), "")
 
 
-@pytest.mark.usefixtures("lightly_optimised")
-def test_gradients_of_extrema_are_made_in_one_pass() -> None:
-    compare(PROGRAMS["block_maxima"], leaves(PROGRAMS["block_maxima"], LENGTH), "")
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("backend", ["", "cpp"])
+def test_gradients_of_extrema(backend: str) -> None:
+    """They are made by the blockwise executor: in one pass, or where kernels are asked for bucket by bucket."""
+    compare(PROGRAMS["block_maxima"], leaves(PROGRAMS["block_maxima"], LENGTH), backend)
 
 
 SCATTERED = """
@@ -56,7 +58,7 @@ pattern bands:
 """
 
 
-@pytest.mark.usefixtures("lightly_optimised")
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize(("name", "in_kernels"), [("scattered", False), ("bands", True)])
 def test_many_passes_are_left_to_the_blockwise_executor(
     name: str, in_kernels: bool, monkeypatch: pytest.MonkeyPatch
