@@ -20,6 +20,7 @@ from attnlang.ir import (
     Branch,
     Environment,
     Expr,
+    Input,
     Load,
     Output,
     Program,
@@ -32,7 +33,6 @@ from attnlang.ir import (
     postorder,
     substitute,
 )
-from attnlang.ir.nodes import Input
 from attnlang.passes.buckets import FIRST, KEYS, QUERIES, VALUES, WHOLE, Bucketed, InBuckets, bucket_keys, tensor_of
 
 from .call import Call
@@ -56,8 +56,8 @@ _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 MOST = 1 << 25
 """Floats of operands of the buckets that run at once: gradients of q, k and v are made for each bucket."""
 FEW = 16
-"""Buckets that are run without a look at their run map, and passes over all pairs that they may come to together: about
-what the blockwise executor takes for one."""
+"""Buckets that are run without a look at their run map, and passes over all pairs that those of one key may come to: on
+a CPU about what the blockwise executor takes for one without a mask."""
 MANY = 1 << 12
 """Buckets that are too many to look at."""
 TILE = (128, 128)

@@ -275,9 +275,9 @@ def in_buckets(stage: Attend) -> Bucketed | None:
 
     None where it has neither, or what no bucket makes: a root, a map, or a sum of rows of queries.
     """
-    (term, *others), (branch, *more) = stage.terms, stage.branches
+    (term, *terms), (branch, *branches) = stage.terms, stage.branches
     plain = Dot(left=Operand(term.left.source, QUERY_ADDRESS), right=Operand(term.right.source, KEY_ADDRESS))
-    if others or more or term != plain or stage.position or any(is_map(out) for out in stage.outputs):
+    if terms or branches or term != plain or stage.position or any(is_map(out) for out in stage.outputs):
         return None
     if any(st.monoid == "root" for st in branch.normalizer.stats):
         return None
@@ -288,12 +288,12 @@ def in_buckets(stage: Attend) -> Bucketed | None:
     keyed = [out for out in stage.outputs if bucket_keys(out)]
     wide = tuple(out for out in stage.outputs if out.over == "" and grouped & _names(out.value))
     reduced = tuple(out for out in stage.outputs if out.over == "qk")
-    others_ = [out for out in stage.outputs if out not in keyed and out not in wide]
-    if not (grouped or keyed or reduced):
+    others = [out for out in stage.outputs if out not in keyed and out not in wide]
+    if branch.group is None and not (keyed or reduced):
         return None
-    inside = stages.reads(others_) & grouped
+    inside = stages.reads(others) & grouped
     stages.needed = stages.closed(stages.reads((*keyed, *wide)) | inside)
-    rest = tuple(_of_rows(out) if out in reduced else out for out in others_)
+    rest = tuple(_of_rows(out) if out in reduced else out for out in others)
     together: dict[_Kind, list[Output]] = {}
     for out in keyed:
         at = bucket_keys(out)
