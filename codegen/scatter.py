@@ -1,7 +1,8 @@
 """How the gradient of a captured tensor that is read once a pair is added up.
 
 The index map of the load decides. Where q and k are indices of their own, every pair has an element of its own. Where
-the indices depend on the pair through q - k or q + k only, sums along diagonals come first and are few. Anything else
+the indices depend on the pair through q - k or q + k only, sums along diagonals come first and are few. Where q is
+an index of its own, a query has elements of its own, and whoever holds the query adds to them in order. Anything else
 is a scatter, which only atomic additions can do in parallel: of integers, whose order does not matter, where a bound of
 the sums is known, and of floats otherwise.
 """
@@ -10,21 +11,23 @@ from __future__ import annotations
 
 import enum
 
-from attnlang.ir import Const, Expr, Index, Load, Op
+from attnlang.ir import Const, Expr, Index, Load, Op, postorder
 
-__all__ = ["Scatter", "scatter_of"]
+__all__ = ["Scatter", "place_in_row", "scatter_of"]
 
 
 class Scatter(enum.Enum):
     """``STORE``: one pair an element. ``DIFFERENCE``, ``SUM``: a function of k - q or q + k.
 
-    ``FIXED``: any map, and the derivative is a constant, so that fixed-point sums are bounded. ``ATOMIC``: the rest.
+    ``FIXED``: any map, and the derivative is a constant, so that fixed-point sums are bounded. ``ROWS``: elements of
+    one query, told apart by one index. ``ATOMIC``: the rest.
     """
 
     STORE = "store"
     DIFFERENCE = "difference"
     SUM = "sum"
     FIXED = "fixed"
+    ROWS = "rows"
     ATOMIC = "atomic"
 
     @property
@@ -72,6 +75,17 @@ def _only_through(node: Expr, sign: int) -> bool:
     return bool(node.args) and all(_only_through(a, sign) for a in node.args)
 
 
+def place_in_row(load: Load) -> int | None:
+    """The one dimension whose index depends on the key, where another has q for its index; None for any other load."""
+    found = [
+        n
+        for n, index in enumerate(load.indices)
+        if any(isinstance(node, Index) and node.axis == "k" for node in postorder(index))
+    ]
+    owned = any(isinstance(index, Index) and index.axis == "q" for index in load.indices)
+    return found[0] if owned and len(found) == 1 else None
+
+
 def scatter_of(load: Load, derivative: Expr) -> Scatter:
     """Return how gradients at the index of ``load``, which depends on the pair, are added up.
 
@@ -83,4 +97,6 @@ def scatter_of(load: Load, derivative: Expr) -> Scatter:
     for kind, sign in ((Scatter.DIFFERENCE, -1), (Scatter.SUM, 1)):
         if all(_only_through(index, sign) for index in load.indices):
             return kind
-    return Scatter.FIXED if isinstance(derivative, Const) else Scatter.ATOMIC
+    if isinstance(derivative, Const):
+        return Scatter.FIXED
+    return Scatter.ATOMIC if place_in_row(load) is None else Scatter.ROWS

@@ -17,6 +17,7 @@ from attnlang.ir import Expr, Load, Op
 from attnlang.passes.levels import Level
 
 from .plan import KernelPlan, Section, Value
+from .scatter import Scatter, place_in_row
 from .triton_backward_arguments import (
     KEYS,
     LOOP,
@@ -83,16 +84,35 @@ class PairPrinter(TritonPrinter):
             terms.append(f"{self._spread(f'({text})', level, Level.PAIR)} * {buffer}_stride{dim}")
         return terms
 
+    def in_row(self, load: Load, buffer: str) -> tuple[list[str], str, str]:
+        """Offsets of the row of the buffer that a query has, one term a dimension; the place of a pair in the row, and
+        the stride of places."""
+        terms, place, number = [], "", place_in_row(load)
+        for dim, (index, guard) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True)):
+            level = self.plan.level(index)
+            text = rename(self._position(index, f"{safe_name(load.tensor)}_size{dim}", guard, level))
+            if dim == number:
+                place = self._spread(f"({text})", level, Level.PAIR)
+            else:
+                terms.append(f"({text}) * {buffer}_stride{dim}")
+        return terms, place, f"{buffer}_stride{number}"
+
 
 @dataclass(frozen=True)
 class GradText:
-    """Text for one captured gradient: ``kind`` is row, grid, col, store, difference, sum, fixed or atomic."""
+    """Text for one captured gradient: ``kind`` is that of :func:`.triton_backward_arguments.kind_of`.
+
+    ``offsets`` are terms of where a pair adds; where it adds to a row of its query, terms of where the row is, and then
+    it adds at ``place`` times ``step``.
+    """
 
     name: str
     kind: str
     value: str
     offsets: list[str]
     comment: str
+    place: str = ""
+    step: str = ""
 
     @property
     def summed(self) -> bool:
@@ -142,10 +162,15 @@ def grad_texts(printer: PairPrinter, plan: KernelPlan, kernel: str, factor: str 
     for i, grad in enumerate(plan.grads):
         if belongs(grad, kernel):
             kind = kind_of(grad)
-            offsets = printer.offsets(grad.load, f"grad{i}") if kind in SCATTERED else []
+            offsets: list[str] = []
+            place, step = "", ""
+            if kind == Scatter.ROWS.value:
+                offsets, place, step = printer.in_row(grad.load, f"grad{i}")
+            elif kind in SCATTERED:
+                offsets = printer.offsets(grad.load, f"grad{i}")
             each = grad.derivative
             value = _times(factor, printer.text(each, Level.PAIR)) if factor else printer.tile(each)
-            out.append(GradText(f"grad{i}", kind, value, offsets, comment(str(grad.load.tensor))))
+            out.append(GradText(f"grad{i}", kind, value, offsets, comment(str(grad.load.tensor)), place, step))
     return out
 
 

@@ -43,7 +43,7 @@ seen shares skew start_k tile_k turn turned wraps
 """
 _CLASHES = re.compile(
     rf"(?<![\w.])({'|'.join(_OWN_NAMES.split())}"
-    r"|(?:q|k|v|o|do|dq|dk|dv)_stride_[bhnd]|grad\d+(?:_ptr|_sum|_to|_at|_part|_unit|_stride(?:\d+|_[bh]))?)(?!\w)"
+    r"|(?:q|k|v|o|do|dq|dk|dv)_stride_[bhnd]|grad\d+(?:_ptr|_sum|_to|_at|_part|_unit|_place|_low|_high|_bucket|_element|_stride(?:\d+|_[bh]))?)(?!\w)"
 )
 """Names of the backward templates that the forward template does not have."""
 
@@ -59,7 +59,7 @@ def rename(text: str) -> str:
 
 
 def kind_of(grad: CapturedGrad) -> str:
-    """Return how a captured gradient is added up: row, grid, col, store, difference, sum, fixed or atomic."""
+    """Return how a captured gradient is added up: row, grid, col or a value of :class:`Scatter`."""
     return scatter_of(grad.load, grad.derivative).value if grad.level is Level.PAIR else grad.level.value
 
 
@@ -84,7 +84,7 @@ class BackwardArguments:
     last: frozenset[str]
 
 
-SCATTERED = ("store", "fixed", "atomic")
+SCATTERED = ("store", "fixed", "rows", "atomic")
 """Kinds of gradients whose buffers have the shape of the tensor."""
 
 

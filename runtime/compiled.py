@@ -24,7 +24,7 @@ from .errors import Unavailable
 from .regions import Work
 from .row_gradients import RowGradients, VanishingFactor, row_gradients
 
-__all__ = ["DEVICES", "StageKernel", "has_kernel", "kernel_of"]
+__all__ = ["DEVICES", "StageKernel", "has_gradient", "has_kernel", "kernel_of"]
 
 Tensor = torch.Tensor
 
@@ -86,6 +86,11 @@ def _pull(stage: Attend) -> Pullback | None:
         return pullback(stage)
     except Unstreamable:
         return None
+
+
+def has_gradient(stage: Attend) -> bool:
+    """Whether a kernel makes the gradients of such a stage."""
+    return _pull(stage) is not None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from attnlang.passes.linear import linear
 
 from .addresses import fits, queries_fit
 
-__all__ = ["at_default_addresses", "joined", "one_hot"]
+__all__ = ["at_default_addresses", "joined", "joins", "one_hot"]
 
 Tensor = torch.Tensor
 
@@ -141,6 +141,11 @@ def _hooks_beside_score(branch: Branch) -> list[Expr]:
     hooks = [branch.mask, branch.weight, branch.group, norm.weight]
     hooks += [e for st in norm.stats for e in (st.lift, st.seed)]
     return [e for e in hooks if e is not None]
+
+
+def joins(stage: Attend) -> bool:
+    """Whether the dot products of a stage can be one."""
+    return _coefficients(stage) is not None
 
 
 def joined(stage: Attend, env: Environment, scale: float) -> tuple[Attend, dict[str, Tensor]]:

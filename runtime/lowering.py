@@ -14,6 +14,7 @@ import torch
 
 from attnlang.ir import (
     FLOAT,
+    INT,
     QUERY_ADDRESS,
     Attend,
     Dot,
@@ -27,13 +28,13 @@ from attnlang.ir import (
     postorder,
     substitute,
 )
-from attnlang.ir.build import b, h, q
+from attnlang.ir.build import b, h, k, q
 from attnlang.passes.simplify import map_record
 
 from .addresses import in_place
-from .gathers import at_default_addresses, joined, one_hot
+from .gathers import at_default_addresses, joined, joins, one_hot
 
-__all__ = ["Lowered", "apart", "lowered", "with_products"]
+__all__ = ["Lowered", "apart", "lowered", "recorded", "with_products", "with_shared_rows"]
 
 Tensor = torch.Tensor
 
@@ -72,11 +73,17 @@ def _by_pair(term: Dot) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=256)
 def _loads(stage: Attend, names: tuple[str, ...]) -> Attend:
-    found: dict[Expr, Expr] = {}
+    found: list[tuple[Expr, Expr]] = []
     for term, name in zip(stage.terms[1:], names, strict=True):
-        found[Input(term.name, FLOAT)] = Load(name, (b, h, q, term.right.index[-1]), FLOAT)
+        found.append((Input(term.name, FLOAT), Load(name, (b, h, q, term.right.index[-1]), FLOAT)))
+    return _reading(stage, tuple(found))
+
+
+@functools.lru_cache(maxsize=256)
+def _reading(stage: Attend, loads: tuple[tuple[Expr, Expr], ...]) -> Attend:
+    """``stage`` of its first term, with the others replaced by loads."""
+    found = dict(loads)
     change: Callable[[Expr], Expr] = lambda e: substitute(e, found)  # noqa: E731
     branches = tuple(map_record(branch, change) for branch in stage.branches)
     outputs = tuple(map_record(out, change) for out in stage.outputs)
@@ -114,6 +121,45 @@ def _products(rows: Tensor, table: Tensor, term: Dot, env: Environment) -> Tenso
     return rows @ (table[tuple(lead)] if lead else table).mT
 
 
+def _by_key(term: Dot) -> bool:
+    """Whether rows of q meet rows that the key chooses, the same for all batch elements and heads."""
+    return (
+        term.body is None
+        and term.left.index == QUERY_ADDRESS
+        and _axes(term.right.index[-1]) == {"k"}
+        and not _axes(*term.right.index[:-1]) & {"q", "k"}
+    )
+
+
+def with_shared_rows(stage: Attend, env: Environment) -> tuple[Attend, dict[str, Tensor]]:
+    """``stage`` with further score terms whose keys share few rows read from tensors [B, H, Lq, rows], and these.
+
+    A stage that :func:`.gathers.joined` can make one product of is returned as it is, and so is one with other terms.
+    """
+    more = stage.terms[1:]
+    if not more or stage.position or not all(map(_by_key, more)) or joins(stage):
+        return stage, {}
+    made: dict[str, Tensor] = {}
+    found: dict[Expr, Expr] = {}
+    lq, lk = (int(evaluate(e, env)) for e in stage.lengths)
+    keys = replace(env, indices={"k": torch.arange(lk, device=env.device)})
+    for term in more:
+        rows, table = env.rows(term.left.source), env.rows(term.right.source)
+        at = evaluate(term.right.index[-1], keys).expand(lk).clamp(0, max(table.shape[-2] - 1, 0))
+        if torch._C._functorch.is_functorch_wrapped_tensor(at):
+            return stage, {}  # how many rows are different cannot be asked under vmap
+        chosen, which = at.unique(return_inverse=True)
+        if rows.shape[2] != lq or 2 * len(chosen) > lk or rows.shape[:3].numel() * len(chosen) > LARGEST:
+            return stage, {}
+        few = table.to(env.float_dtype).index_select(-2, chosen)
+        name = f"{term.name}_products"
+        made |= {name: _products(rows.to(env.float_dtype), few, term, env), f"{name}_row": which}
+        found[Input(term.name, FLOAT)] = Load(name, (b, h, q, Load(f"{name}_row", (k,), INT)), FLOAT)
+    if set(made) & {*env.tensors, *env.operands}:
+        return stage, {}
+    return _reading(stage, tuple(found.items())), made
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A stage as ``parts`` that together make its outputs, reading also ``tensors``; ``after`` turns what the parts
@@ -124,7 +170,7 @@ class Lowered:
     after: Mapping[str, Callable[[Tensor], Tensor]]
 
 
-def _recorded(env: Environment) -> bool:
+def recorded(env: Environment) -> bool:
     """Whether gradients may be asked for, whose kernels read rows at the usual addresses only."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*env.operands.values(), *env.tensors.values()))
 
@@ -143,7 +189,9 @@ def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
 
     stage, more = with_products(stage, env)
     made |= more
-    if _recorded(env) or not _in_place(stage, here()):
+    stage, more = with_shared_rows(stage, here())
+    made |= more
+    if recorded(env) or not _in_place(stage, here()):
         stage, more = at_default_addresses(stage, here())
         made |= more
     stage, more = joined(stage, here(), scale)

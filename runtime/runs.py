@@ -178,15 +178,16 @@ class RunMaps:
         sizes: Mapping[str, int],
         params: Mapping[str, Scalar],
         tensors: Mapping[str, torch.Tensor],
+        warns: bool = True,
     ) -> Runs:
-        """Return the run maps of a call."""
+        """Return the run maps of a call; ``warns`` says whether a mask that hides everything is worth a warning."""
         base: list[Identity | None] = []
 
         def find(tile: Tile) -> RunMap:
             if not base:
                 base.append(identify((program.mask,), sizes, params, tensors))
             found = self._memory.get(base[0], (tile,), lambda: _made(program, sizes, params, tensors, tile))
-            if found.always_empty and found.rows and found.sizes[1]:
+            if warns and found.always_empty and found.rows and found.sizes[1]:
                 warn_blind(program.mask, program.name)
             return found
 

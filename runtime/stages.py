@@ -35,16 +35,17 @@ from attnlang.ir import (
 )
 from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
+from attnlang.passes.buckets import FIRST, in_buckets
 from attnlang.passes.simplify import map_program
 
-from . import regions
+from . import buckets, regions
 from .call import Call
-from .compiled import DEVICES, has_kernel, kernel_of
+from .compiled import DEVICES, has_gradient, has_kernel, kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
-from .lowering import lowered
+from .lowering import lowered, recorded
 from .roots import has_roots, probe, without_roots
-from .runs import run_maps
+from .runs import Runs, run_maps
 
 __all__ = ["run", "softmax_roles"]
 
@@ -148,20 +149,37 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
 
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
         if backend == "eager":
-            return one(stage, here)
+            return one(call, stage, here)
         if has_roots(stage, here) and compiled and has_kernel(probe(stage)):
             stage, roots = without_roots(stage, here, attend)
             here = replace(here, tensors={**here.tensors, **roots})
         found = lowered(stage, here, call.scale)
-        if not all(softmax_roles(part) is not None or (compiled and has_kernel(part)) for part in found.parts):
-            return one(stage, here)
-        here = replace(here, tensors={**here.tensors, **found.tensors})
+        inner = replace(here, tensors={**here.tensors, **found.tensors})
+        ways = [way(part, inner, NARROW if len(found.parts) > 1 else 0) for part in found.parts]
+        if None in ways:
+            return one(call, stage, here)
         made: dict[str, Tensor] = {}
-        for part in found.parts:
-            made |= one(part, here, NARROW if len(found.parts) > 1 else 0)
+        for run in filter(None, ways):
+            made |= run()
         return made | {name: change(made[name].to(dtype)) for name, change in found.after.items()}
 
-    def one(stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
+    def served(stage: Attend) -> bool:
+        return softmax_roles(stage) is not None or (compiled and has_kernel(stage))
+
+    def way(part: Attend, here: Environment, key_tile: int) -> Callable[[], dict[str, Tensor]] | None:
+        """How kernels run a part of a stage, None where they do not."""
+        if served(part):
+            return lambda: one(call, part, here, key_tile)
+        apart = in_buckets(part)
+        if apart is None or not all(map(served, apart.stages)):
+            return None
+        if backend is None and recorded(here) and not all(map(_differentiable, apart.smooth)):
+            return None  # gradients that the blockwise executor makes are better made in one pass
+        if not buckets.fits(apart, part, call, here, lambda *given: _runs_of(*given)[2](buckets.TILE)):
+            return None
+        return lambda: buckets.run(apart, part, call, here, one)
+
+    def one(call: Call, stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
         roles = softmax_roles(stage)
         if roles is not None:
             return _plain(call, stage, here, roles, attention, key_tile)
@@ -169,6 +187,10 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
 
     made = run_stages(program, env, attend)
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
+
+
+def _differentiable(stage: Attend) -> bool:
+    return softmax_roles(stage) is not None or has_gradient(stage)
 
 
 def _cast(program: Program, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,7 +220,8 @@ def _plain(
     return {out: o} | ({lse: total} if lse is not None else {})
 
 
-def _general(call: Call, stage: Attend, here: Environment, backend: str | None) -> dict[str, Tensor]:
+def _runs_of(call: Call, stage: Attend, here: Environment) -> tuple[Program, dict[str, int], Runs]:
+    """A stage as a program of its own, its sizes, and the run maps of what any branch sees."""
     alone, sizes = _alone(call.program, stage, here)
     inner = alone.attend
     masks = [branch.mask for branch in inner.branches]
@@ -207,9 +230,16 @@ def _general(call: Call, stage: Attend, here: Environment, backend: str | None) 
         moved: dict[Expr, Expr] = {Index(axis): e for axis, e in inner.position}
         union = replace(union, branches=(Branch(substitute(any_of(*masks), moved)),))
     seen = replace(alone, stages=(union,))
-    runs = run_maps.provider(seen, sizes, call.params, here.tensors)
+    warns = FIRST.name not in call.params  # that a bucket is empty is no mistake
+    return alone, sizes, run_maps.provider(seen, sizes, call.params, here.tensors, warns)
+
+
+def _general(call: Call, stage: Attend, here: Environment, backend: str | None) -> dict[str, Tensor]:
+    alone, sizes, runs = _runs_of(call, stage, here)
+    inner = alone.attend
+    masks = {branch.mask for branch in inner.branches}
     env = replace(here, sizes=sizes)
-    work = regions.Work(inner, env, call.scale, runs, exact=len(set(masks)) == 1)
+    work = regions.Work(inner, env, call.scale, runs, exact=len(masks) == 1)
     if backend != "eager":
         try:
             kernel = kernel_of(replace(call, runs=runs), alone, work, backend)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attnlang.codegen.plan import CapturedGrad, KernelPlan
-from attnlang.codegen.scatter import Scatter, scatter_of
+from attnlang.codegen.scatter import Scatter, place_in_row, scatter_of
 from attnlang.codegen.triton_backward_arguments import KEYS, LOOP, QUERIES, belongs
 from attnlang.codegen.triton_backward_tiles import candidates
 from attnlang.codegen.triton_common import Config
@@ -31,6 +31,8 @@ Tensor = torch.Tensor
 
 BUFFER_LIMIT = 1 << 28
 """Floats a buffer of a captured gradient may take before the PyTorch fallback is used."""
+MOST_PLACES = 1 << 10
+"""Elements of a query in a gradient that are added one after the other; at worst a tile of pairs meets all of them."""
 INSTANCES = 512
 """Program instances wanted where sums along diagonals are private to each; a constant, so that sums do not depend on
 the device."""
@@ -128,7 +130,7 @@ class _Sums:
             case Scatter.FIXED:
                 assert isinstance(self.grad.derivative, Const) and self.unit is not None
                 return (buffer[0, 0].double() / self.unit * float(self.grad.derivative.value)).float()
-            case Scatter.STORE | Scatter.ATOMIC:
+            case Scatter.STORE | Scatter.ROWS | Scatter.ATOMIC:
                 return buffer.sum((0, 1))
         if self.grad.level is Level.GRID:
             return bring_back(self.call, load, buffer.sum(2), "bh")
@@ -147,6 +149,10 @@ def scatter_fits(call: Call, grad: CapturedGrad, deterministic: bool) -> None:
     """Refuse what only atomic additions could do, unless they are allowed."""
     kind = scatter(grad)
     meets = kind is Scatter.STORE and not {"q", "k"} <= _apart(call, grad)
+    if kind is Scatter.ROWS:
+        place = place_in_row(grad.load)
+        assert place is not None
+        meets = "q" not in _apart(call, grad) or call.tensors[grad.load.tensor].shape[place] > MOST_PLACES
     if meets or (kind is Scatter.ATOMIC and deterministic):
         raise Unavailable(f"the gradient of {grad.load.tensor} would need additions in an order that is not fixed")
 

@@ -267,7 +267,8 @@ class _BranchValues:
         value = self._combined(found, self.stats)
         if found.seed is None:
             return value
-        seed = self.row(found.seed, safe=False)
+        seed = self.row(found.seed)
+        seed = seed[..., None] if seed.dim() < value.dim() else seed  # one for all groups
         if found.monoid == "sum":
             return value + seed
         return torch.maximum(value, seed) if found.monoid == "max" else torch.minimum(value, seed)
@@ -296,7 +297,7 @@ class _BranchValues:
         assert found.seed is not None
         some = self.seen
         with torch.no_grad():
-            low = torch.where(some, self.row(found.seed, safe=True).expand(some.shape), 0.0).contiguous()
+            low = torch.where(some, self.row(found.seed).expand(some.shape), 0.0).contiguous()
             high = low + 1.0
             for _ in range(NEWTON_STEPS):
                 short = some & (excess(high) > 0)
@@ -318,10 +319,10 @@ class _BranchValues:
         gradient = slope(t)
         return torch.where(some, t - excess(t) / torch.where(gradient < 0, gradient, -1.0), 0.0)
 
-    def row(self, expr: Expr, *, safe: bool) -> Tensor:
+    def row(self, expr: Expr) -> Tensor:
         """Value of a row expression as [b, h, m], or [b, h, m, groups] where it reads grouped statistics.
 
-        With ``safe``, rows without visible keys read harmless statistics.
+        Rows without visible keys read harmless statistics, so that they have no gradient either.
         """
         inputs: dict[str, Tensor] = {}
         wide = False
@@ -329,7 +330,7 @@ class _BranchValues:
             if isinstance(node, Input):
                 value = self.stats[node.name]
                 seen = self.seen if value.dim() == 3 else self.seen[..., None]
-                value = torch.where(seen, value, 1.0) if safe else value
+                value = torch.where(seen, value, 1.0)
                 wide = wide or value.dim() == 4
                 inputs[node.name] = value if value.dim() == 4 else value[..., None]
         value = evaluate(expr, replace(self.rows, inputs=inputs))
@@ -359,7 +360,7 @@ def attend_region(stage: Attend, env: Environment, region: Region, scale: float)
 
 def _output(out: Output, found: _BranchValues, slots: Environment) -> Tensor:
     if out.over == "" and not is_map(out):
-        value = found.row(out.value, safe=True)
+        value = found.row(out.value)
         seen = found.seen if value.dim() == 3 else found.seen[..., None]
         return torch.where(seen, value, out.empty)
     pairs, region = found.pairs, found.region

@@ -12,13 +12,28 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from attnlang.ir import BOOL, INT, Environment, Expr, Input, Load, Param, Size, evaluate, postorder, substitute
+from attnlang.ir import (
+    BOOL,
+    INT,
+    Attend,
+    Environment,
+    Expr,
+    Input,
+    Load,
+    Op,
+    Param,
+    Size,
+    Stat,
+    evaluate,
+    postorder,
+    substitute,
+)
 
 from .factors import SHIFTED
 from .levels import axes_of
 from .streaming import Streaming, accumulated
 
-__all__ = ["is_only_a_shift"]
+__all__ = ["is_only_a_shift", "moves_nothing"]
 
 Tensor = torch.Tensor
 ROWS, KEYS = 3, 5
@@ -130,3 +145,83 @@ def _outputs(stream: Streaming, random: _Random, name: str, by: float) -> list[T
             continue
         found.append(value * held[out.rows] if out.rows is not None else value)
     return found
+
+
+GROUPS = 2
+_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+_IDENTITY = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}
+
+
+@functools.lru_cache(maxsize=256)
+def moves_nothing(stage: Attend, name: str) -> bool:
+    """Whether no weight and no output of a pair changes when extremum ``name`` of a stage is another number, in every
+    row and group another. The stage has one branch, and no roots."""
+    return all(_stays(stage, name, seed) for seed in range(DRAWS))
+
+
+def _stays(stage: Attend, name: str, seed: int) -> bool:
+    branch = stage.branch
+    exprs = [branch.normalizer.weight, *(out.value for out in stage.outputs)]
+    exprs += [] if branch.weight is None else [branch.weight]
+    for st in branch.normalizer.stats:
+        exprs += [st.lift, *(() if st.seed is None else (st.seed,))]
+    random = _Random(tuple(exprs), seed)
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.randint(GROUPS, (ROWS, KEYS), generator=generator)
+    by = torch.rand(ROWS, GROUPS, generator=generator, dtype=torch.float64)
+    chosen = _conditions(exprs, random, generator)
+    for term in stage.terms:
+        random.inputs.setdefault(term.name, torch.rand(ROWS, KEYS, generator=generator, dtype=torch.float64) + 0.5)
+    found = []
+    for far in (0.0, 1.0):
+        held = dict(chosen)
+        for st in branch.normalizer.stats:
+            held[st.name] = _statistic(st, random, held, chosen, group)
+            if st.name == name:
+                held[st.name] = held[st.name] + far * (by.gather(1, group) if st.grouped else by[:, :1])
+        held["p"] = held["w"] = _value(branch.normalizer.weight, random, held, chosen)
+        if branch.weight is not None:
+            held["w"] = _value(branch.weight, random, held, chosen)
+        found.append([held["w"], *(_value(out.value, random, held, chosen) for out in stage.outputs)])
+    return all(map(_same, *found))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    finite = torch.isfinite(a)
+    if not bool(finite.any()) or not torch.equal(finite, torch.isfinite(b)):
+        return False
+    return torch.allclose(a[finite], b[finite], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _conditions(exprs: list[Expr], random: _Random, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random truth for every comparison of a pair that reads nothing of the row, so that each choice is met."""
+    found: dict[str, Tensor] = {}
+    for n in postorder(*exprs):
+        compares = isinstance(n, Op) and n.type is BOOL and n.operands[0].type is not BOOL
+        if compares and not any(isinstance(m, Input) for m in postorder(n)):
+            name = f"condition {len(found)}"
+            found[name] = torch.rand(ROWS, KEYS, generator=generator) > 0.5
+            random.loads[n] = Input(name, BOOL)
+    return found
+
+
+def _value(expr: Expr, random: _Random, held: Mapping[str, Tensor], chosen: Mapping[str, Tensor]) -> Tensor:
+    return random.value(expr, {**held, **chosen}, {}).double().expand(ROWS, KEYS)
+
+
+def _statistic(
+    st: Stat, random: _Random, held: Mapping[str, Tensor], chosen: Mapping[str, Tensor], group: Tensor
+) -> Tensor:
+    """What every pair reads of a statistic."""
+    lift = _value(st.lift, random, held, chosen)[:, None, :].expand(ROWS, KEYS, KEYS)
+    if st.grouped:
+        lift = torch.where(group[:, :, None] == group[:, None, :], lift, _IDENTITY[st.monoid])
+    value = _REDUCE[st.monoid](lift, 2)[..., 0]
+    if st.seed is None:
+        return value
+    seed = _value(st.seed, random, held, chosen)
+    return _COMBINE[st.monoid](value, seed)

@@ -57,6 +57,7 @@ LEARNABLE = [
     learnable("indirect", op("add", s, bias(op("mod", op("mul", q, 7), 31))), ("n",), (31,)),
     learnable("coarse_keys", op("add", s, bias(h, q, op("floordiv", k, 8))), ("H", "m", "n"), (4, N, N // 8 + 1)),
     learnable("short_pairs", op("add", s, bias(q, k)), ("m", "n"), (N - 60, N - 70)),
+    learnable("coarse_factors", op("mul", s, bias(h, q, op("floordiv", k, 8))), ("H", "m", "n"), (4, N, N // 8 + 1)),
 ]
 """The learnable forms of PyTorch's tests of flex_attention, and others."""
 

@@ -149,6 +149,22 @@ def _grouped(draw: Choice) -> Normalizer:
     return Normalizer("grouped", stats, weight)
 
 
+def _within(draw: Choice) -> Normalizer:
+    """A softmax within every group; each pair is in one."""
+    top = Stat("top", "max", s, grouped=True)
+    own = op("exp", op("sub", s, stat("top")))
+    part = Stat("part", "sum", own, draw.one((None, const(0.25))), grouped=True)
+    return Normalizer("within", (top, part), op("div", own, stat("part")))
+
+
+def _group(draw: Choice, normalizer: Normalizer) -> Expr | None:
+    if not any(st.grouped for st in normalizer.stats):
+        return None
+    if normalizer.name == "within":
+        return draw.one((op("mod", k, 3), op("min", op("floordiv", op("abs", op("sub", q, k)), 4), 2)))
+    return op("sub", op("mod", k, 4), 1)
+
+
 def _weight(draw: Choice) -> Expr | None:
     gate: list[Expr | None] = [
         None,
@@ -178,6 +194,14 @@ def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, .
         Output("seen_rows", WEIGHT, QUERY, over="q"),
         Output("total", op("mul", op("tanh", s), WEIGHT), over="qk"),
         Output("map", WEIGHT, over=""),
+        Output("near", WEIGHT, key=(op("abs", op("sub", q, k)),), extents=(const(3),)),
+        Output(
+            "offsets_of_rows",
+            op("mul", WEIGHT, s),
+            over="qk",
+            key=(op("mod", q, 3), op("sub", OFFSET, 2)),
+            extents=(const(2), const(4)),
+        ),
         Output("bucket_rows", WEIGHT, VALUE, key=(op("mod", k, 2),), extents=(const(2),)),
     ]
     if row_stats:
@@ -195,6 +219,7 @@ MAKERS: tuple[Callable[[Choice], Normalizer], ...] = (
     _moments,
     _sparse,
     _grouped,
+    _within,
 )
 
 
@@ -203,14 +228,14 @@ def random_program(seed: int) -> Program:
     draw = Choice(seed)
     two = draw.chance(0.4)
     normalizer = draw.one(MAKERS)(draw)
-    grouped = any(st.grouped for st in normalizer.stats)
+    group = _group(draw, normalizer)
     branch = Branch(
         _mask(draw),
         _score(draw, two),
         normalizer,
         _weight(draw),
-        op("sub", op("mod", k, 4), 1) if grouped else None,
-        const(3) if grouped else None,
+        group,
+        None if group is None else const(3),
     )
     terms = (Dot(), Dot("t", QUERY, Operand("rel", (OFFSET,)))) if two else (Dot(),)
     outputs = _outputs(draw, normalizer, two)

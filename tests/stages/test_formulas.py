@@ -87,7 +87,7 @@ def test_second_derivatives(make):
 
 
 def test_a_backend_that_has_no_kernel_names_one_that_has():
-    formula = programs.groups()
+    formula = programs.additive()
     operands, captured, _ = leaves(formula)
     with pytest.raises(al.AttnlangError, match="eager"):
         al.compile(formula.program, backend="triton")(*(t.float() for t in operands), **captured)

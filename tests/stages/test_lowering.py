@@ -106,12 +106,20 @@ def groups() -> Program:
     return Program("groups", (Attend(branches=(Branch(CAUSAL),), outputs=(OUT, mass, LSE)),))
 
 
+def summaries() -> Program:
+    """A second product with the first key of each block of ten, bent before it is added."""
+    first = op("mul", op("floordiv", k, 10), 10)
+    terms = (Dot(), Dot("t", QUERY, Rows("k", Address(b, KEY_ADDRESS.head, first))))
+    score = op("add", s, op("tanh", op("mul", Input("t", FLOAT), 0.3)))
+    return Program("summaries", (Attend(terms=terms, branches=(Branch(CAUSAL, score),)),))
+
+
 def captured(shapes: dict[str, tuple[str, ...]]) -> tuple[TensorParam, ...]:
     return tuple(TensorParam(n, FLOAT, tuple(map(Size, shape))) for n, shape in shapes.items())
 
 
 SIZES = {"B": 1, "H": 4, "Hkv": 2, "Lq": 70, "Lk": 70, "R": 70, "D": 16}
-LOWERED = (relative, branched, latent, chosen, elsewhere, groups)
+LOWERED = (relative, branched, latent, chosen, elsewhere, groups, summaries)
 
 
 @pytest.mark.parametrize("make", LOWERED)

@@ -38,6 +38,7 @@ FULL_TILES = [
     learnable("rows_and_columns", op("mul", op("add", s, bias(q)), bias(k)), ("n",), (N,), mask=TRUE),
     learnable("pair", op("mul", s, bias(q, k)), ("m", "n"), (N, N), mask=TRUE),
     learnable("head", op("add", s, op("mul", bias(h), op("sub", k, q))), ("H",), (2,), mask=TRUE),
+    learnable("coarse", op("mul", s, bias(h, q, op("floordiv", k, 8))), ("H", "m", "n"), (2, N, 19), mask=TRUE),
 ]
 
 

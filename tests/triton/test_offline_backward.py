@@ -66,6 +66,8 @@ def test_causal_kernels_compile_without_spills(compiler, target, dim, kernel):
         ("hip:gfx942", "absolute_2d", QUERIES),
         ("cuda:80", "bucketed", QUERIES),
         ("hip:gfx942", "bucketed", QUERIES),
+        ("cuda:90", "coarse_factors", QUERIES),
+        ("hip:gfx942", "coarse_factors", QUERIES),
     ],
 )
 def test_captured_gradients_compile(compiler, target, name, kernel):
@@ -131,12 +133,15 @@ def test_tiles_fit_every_head_dim():
         ((op("add", q, op("mul", k, 2)),), Scatter.ATOMIC),
         ((op("mul", q, k),), Scatter.ATOMIC),
         ((op("bitxor", q, k),), Scatter.ATOMIC),
-        ((DISTANCE, q), Scatter.ATOMIC),
+        ((DISTANCE, q), Scatter.ROWS),
+        ((h, q, op("floordiv", k, 8)), Scatter.ROWS),
+        ((op("add", q, 1), k), Scatter.ATOMIC),
+        ((k, op("mul", q, k), q), Scatter.STORE),
         ((Load("bucket", (q, k), INT),), Scatter.ATOMIC),
         ((Load("position", (DISTANCE,), INT),), Scatter.DIFFERENCE),
     ],
 )
 def test_scatter_kinds(index, want):
     assert scatter_of(bias(*index), s) is want
-    rest = Scatter.FIXED if want is Scatter.ATOMIC else want
+    rest = Scatter.FIXED if want in (Scatter.ATOMIC, Scatter.ROWS) else want
     assert scatter_of(bias(*index), const(1.0)) is rest
