@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import re
 from collections.abc import Mapping
 
 from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size
@@ -24,15 +25,19 @@ __all__ = ["RESERVED", "TritonPrinter", "precedence", "safe_name", "top_operator
 
 _TEMPLATE_NAMES = """
 acc attention_forward b bh d_idx d_mask decay descriptor dv_idx dv_mask first_tile float full_ptr full_runs gap1 gap2
-gap3 h inside int k k_base k_desc k_distance k_first k_idx k_last k_local k_offsets k_ptr key_batch key_head launch
+gap3 h inside int k k_base k_batches k_desc k_distance k_first k_heads k_idx k_last k_local k_offsets k_ptr k_row k_rows
+key_batch key_head launch
 lse lse_ptr map_batch map_heads map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr
-part_ptr part_runs pid q q_base q_desc q_distance q_first q_idx q_last q_local q_offsets q_ptr query_inside range rate
-row_max row_sum run s scale scores softmax_step start start_q step TensorDescriptor tile tile_q tile_step tiles tl
+part_ptr part_runs pid q q_base q_desc q_distance q_first q_idx q_last q_local q_offsets q_ptr q_row query_inside range
+rate row_max row_sum run s scale scores softmax_step start start_q step TensorDescriptor tile tile_q tile_step tiles tl
 triton v v_base v_desc v_offsets v_ptr visible
 """
 _STRIDES = frozenset(f"{operand}_stride_{dim}" for operand in "qkvo" for dim in "bhnd")
 RESERVED = frozenset(_TEMPLATE_NAMES.split()) | _STRIDES | frozenset(HELPERS)
 """Names the template uses; parameters and captured tensors of a program that share one get an underscore."""
+
+_OF_TENSORS = re.compile(r"_(ptr|stride\d+|size\d+)$")
+"""What the kernel's parameters for a captured tensor end in."""
 
 _TILES: dict[Expr, str] = {KEY_TILE: "BLOCK_N", QUERY_TILE: "BLOCK_M"}
 _INT_TYPES = {Width.I32: "tl.int32", Width.I64: "tl.int64"}
@@ -41,8 +46,9 @@ _NATIVE = {"int32": Width.I32, "int64": Width.I64, "float32": Width.F32}
 
 
 def safe_name(name: str) -> str:
-    """Return ``name``, or ``name_`` where Python, Triton or the template has another use for it."""
+    """Return ``name``, or ``name_`` where Python, Triton, the template or a captured tensor has another use for it."""
     taken = name in RESERVED or f"{name}_ptr" in RESERVED or keyword.iskeyword(name) or keyword.issoftkeyword(name)
+    taken = taken or _OF_TENSORS.search(name) is not None
     return f"{name}_" if taken or name.startswith("_") or name.endswith("_") else name
 
 
