@@ -32,6 +32,7 @@ from attnlang.sparsity import RunMap, analyse
 
 CPU = torch.device("cpu")
 MILLION = 1 << 20
+LONGEST_TABLE = 16384
 TILE = 128
 VALUES: dict[str, dict[str, Any]] = {
     "circular_window": {"height": 32, "width": 64},
@@ -193,7 +194,14 @@ def peers(lengths: tuple[int, ...]) -> list[Row]:
         def document(b: Any, h: Any, q: Any, k: Any, doc: torch.Tensor = doc) -> Any:
             return (q >= k) & (doc[q] == doc[k])
 
-        for name, mod in (("causal", causal), ("causal document", document)):
+        table = torch.ones(length, length, dtype=torch.bool).tril_() if length <= LONGEST_TABLE else None
+
+        def dense(b: Any, h: Any, q: Any, k: Any, table: torch.Tensor | None = table) -> Any:
+            assert table is not None
+            return table[q, k]
+
+        masks = [("causal", causal), ("causal document", document)]
+        for name, mod in (*masks, ("dense table", dense)) if table is not None else masks:
             calls: dict[str, Callable[[], Any]] = {
                 "attnlang": functools.partial(drop_in, mod, length),
                 "create_block_mask": functools.partial(
