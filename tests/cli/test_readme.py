@@ -34,7 +34,7 @@ def test_python_and_attn_examples_run(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / "example.py").write_text(text)
         exec(compile(text, str(tmp_path / "example.py"), "exec"), space)
         results.append(space["out"])
-    assert len(results) == 7
+    assert len(results) == 8
     torch.testing.assert_close(space["same"], results[0])
     assert all(isinstance(r, torch.Tensor) and r.isfinite().all() for r in results)
 
