@@ -36,6 +36,7 @@ from attnlang.ir import (
 from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
 from attnlang.passes.simplify import map_program
+from attnlang.passes.terms import alone
 
 from . import regions
 from .call import Call
@@ -148,24 +149,26 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
 
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
         if backend == "eager":
-            return one(stage, here)
-        if has_roots(stage, here) and compiled and has_kernel(probe(stage)):
+            return one(stage, here, call)
+        if has_roots(stage, here) and compiled and has_kernel(probe(alone(stage)[0])):
             stage, roots = without_roots(stage, here, attend)
             here = replace(here, tensors={**here.tensors, **roots})
-        found = lowered(stage, here, call.scale)
+        with_one, scaled = alone(stage)
+        own = call if scaled else replace(call, scale=1.0)
+        found = lowered(with_one, here, own.scale)
         if not all(softmax_roles(part) is not None or (compiled and has_kernel(part)) for part in found.parts):
-            return one(stage, here)
+            return one(stage, here, call)
         here = replace(here, tensors={**here.tensors, **found.tensors})
         made: dict[str, Tensor] = {}
         for part in found.parts:
-            made |= one(part, here, NARROW if len(found.parts) > 1 else 0)
+            made |= one(part, here, own, NARROW if len(found.parts) > 1 else 0)
         return made | {name: change(made[name].to(dtype)) for name, change in found.after.items()}
 
-    def one(stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
+    def one(stage: Attend, here: Environment, own: Call, key_tile: int = 0) -> dict[str, Tensor]:
         roles = softmax_roles(stage)
         if roles is not None:
-            return _plain(call, stage, here, roles, attention, key_tile)
-        return _general(call, stage, here, backend)
+            return _plain(own, stage, here, roles, attention, key_tile)
+        return _general(own, stage, here, backend)
 
     made = run_stages(program, env, attend)
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
