@@ -71,7 +71,8 @@ class FeatureText:
     col: list[str]
     pair: list[str]
     uses_key: bool
-    uses_row: bool
+    row_uses_rows: bool
+    pair_uses_rows: bool
     reads_left: bool
     reads_right: bool
     value: str = ""
@@ -86,7 +87,7 @@ def _text(printer: FeaturePrinter, roots: tuple[Expr, ...], **sums: object) -> F
     grid, col, pair = ([declaration(printer, v) for v in of[x]] for x in (Level.GRID, Level.COL, Level.PAIR))
     row = [f"{v.name}[v] = {printer.value(v)};  // {printer.source(v.expr)}" for v in of[Level.ROW]]
     nodes = set(postorder(*roots))
-    texts = [*row, *pair, *(printer.text(e, Level.PAIR) for e in roots)]
+    texts = [*pair, *(printer.text(e, Level.PAIR) for e in roots)]
     return FeatureText(
         grid=grid,
         arrays=[f"{VECTORS[printer.plan.width(v.expr)]} {v.name}[VECTORS];" for v in of[Level.ROW]],
@@ -94,7 +95,8 @@ def _text(printer: FeaturePrinter, roots: tuple[Expr, ...], **sums: object) -> F
         col=col,
         pair=pair,
         uses_key=any(isinstance(n, Index) and n.axis == "k" for n in nodes),
-        uses_row=any("[w]" in text for text in texts),
+        row_uses_rows=any("[w]" in text for text in row),
+        pair_uses_rows=any("[w]" in text for text in texts),
         reads_left=LEFT in nodes,
         reads_right=RIGHT in nodes,
         **sums,  # type: ignore[arg-type]
