@@ -32,6 +32,7 @@ from attnlang.passes.simplify import map_record
 
 from .addresses import in_place
 from .gathers import at_default_addresses, joined, one_hot
+from .separate import separated
 
 __all__ = ["Lowered", "apart", "lowered", "with_products"]
 
@@ -143,6 +144,9 @@ def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
 
     stage, more = with_products(stage, env)
     made |= more
+    if any(term.body is not None for term in stage.terms):
+        stage, more = separated(stage, here())
+        made |= more
     if _recorded(env) or not _in_place(stage, here()):
         stage, more = at_default_addresses(stage, here())
         made |= more

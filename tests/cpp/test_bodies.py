@@ -11,8 +11,9 @@ import attnlang as al
 from attnlang.codegen.cpp import emit
 from attnlang.codegen.isa import COMMON_FLAGS, ISAS
 from attnlang.codegen.plan import make_plan
-from attnlang.ir import Load, Program, postorder
+from attnlang.ir import Environment, Load, Program, postorder
 from attnlang.passes.terms import alone
+from attnlang.runtime.separate import separated
 from attnlang.runtime.toolchain import find_compiler
 from tests.body_cases import CASES, leaves, program
 
@@ -79,6 +80,30 @@ def test_a_score_of_one_term_reads_no_other() -> None:
     assert alone(two) == (two, True)
     first = al.parse("pattern p:\n    term a = sum_d(abs(x - y), Q, K)\n    mask = k <= q\n", "p").attend
     assert [t.body for t in alone(first)[0].terms] == [None]
+
+
+PRODUCTS = {
+    "weighted": "pattern weighted(u: float[H, D]):\n    term s = sum_d(-(x + u[h, d]) * y * u[h, d], Q, K)\n",
+    "location": "pattern location(out: float[D], shift: float[H, Lk, D]):\n"
+    "    term a = sum_d(out[d] * tanh(y), Q, shift[h, k])\n    score = 0.5 * a\n    mask = k <= q\n",
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.usefixtures("lightly_optimised")
+def test_products_of_rows_are_dot_products_of_other_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in the kernels of softmax attention: no general one is launched."""
+    found, launches = al.parse(PRODUCTS[name], name), Launches(monkeypatch)
+    made = {n: torch.randn(2, h, 70, 16) for n, h in (("q", 4), ("k", 2), ("v", 2))}
+    shapes = {"u": (4, 16), "out": (16,), "shift": (4, 70, 16)}
+    problem = Problem(found, made | {t.name: torch.randn(shapes[t.name]) for t in found.tensors})
+    want, got = problem.exact()[0]["o"], problem.ours()[0]["o"]
+    torch.testing.assert_close(got.double(), want, atol=3e-5, rtol=3e-5)
+    stage = alone(found.attend)[0]
+    env = Environment({}, {"B": 2, "H": 4, "Hkv": 2, "Lq": 70, "Lk": 70}, {}, problem.leaves, {}, operands=made)
+    assert [t.body for t in separated(stage, env)[0].terms] == [None]
+    check(problem)
+    assert launches.count == 0
 
 
 def test_gradients_of_a_table_by_pair_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
