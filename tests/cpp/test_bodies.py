@@ -82,6 +82,18 @@ def test_a_score_of_one_term_reads_no_other() -> None:
     assert [t.body for t in alone(first)[0].terms] == [None]
 
 
+@pytest.mark.usefixtures("lightly_optimised")
+def test_rows_at_addresses_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "pattern p(page: int[Lk]):\n    term s = sum_d(abs(x - y), Q, K[b, 0, page[k]])\n"
+    text += "    values = V[b, 0, page[k]]\n    score = -s\n"
+    made = leaves("l1", (2, 1), (33, 40), (8, 8)) | {"page": torch.randperm(40)}
+    problem = Problem(al.parse(text, "p"), made)
+    with torch.no_grad():  # a kernel that finds the rows itself; gradients start from rows that were gathered
+        plain = problem.ours()[0]["o"]
+    torch.testing.assert_close(plain.double(), problem.exact()[0]["o"], atol=3e-5, rtol=3e-5)
+    compare(problem, Launches(monkeypatch))
+
+
 PRODUCTS = {
     "weighted": "pattern weighted(u: float[H, D]):\n    term s = sum_d(-(x + u[h, d]) * y * u[h, d], Q, K)\n",
     "location": "pattern location(out: float[D], shift: float[H, Lk, D]):\n"

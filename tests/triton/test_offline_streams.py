@@ -113,7 +113,6 @@ def test_scores_that_are_no_dot_product_compile(compiler: Compiler, target: str)
         ("cuda:90", "additive", QUERIES),
         ("cuda:90", "l1", KEYS),
         ("hip:gfx942", "by_key", KEYS),
-        ("hip:gfx942", "gaussian", QUERIES),
     ],
 )
 def test_gradients_of_bodies_compile(compiler: Compiler, name: str, kernel: str, target: str) -> None:
