@@ -18,6 +18,7 @@ from attnlang.passes.streaming import Accumulator
 from attnlang.passes.widths import Width
 
 from .cpp_arguments import arguments
+from .cpp_features import FeaturePrinter, scores_text
 from .cpp_printer import ELEMENTS, VECTORS, CppPrinter, comment, declaration
 from .cpp_runs import bounds_text
 from .cpp_steps import epilogue, state, step_text
@@ -114,7 +115,7 @@ def emit(plan: KernelPlan, isa: Isa) -> str:
     """Return the C++ source of the forward kernel of ``plan`` for ``isa``; equal inputs give equal text."""
     if isa.matrix and not (plan.plain and plan.in_order):
         raise ValueError("kernels for a matrix unit know the two sums of softmax and rows in order only")
-    printer = CppPrinter(plan)
+    printer = FeaturePrinter(plan)
     stream = plan.stream
     assert stream is not None
     pieces = {
@@ -125,6 +126,7 @@ def emit(plan: KernelPlan, isa: Isa) -> str:
         "epilogue": epilogue(printer),
         "outputs": stream.outputs,
         "sums": next((out.name for out in stream.outputs if out.rows is not None), ""),
+        "scores": scores_text(printer),
         "shares": [(out.column, out.name) for out in stream.outputs if out.column is not None],
     }
     return render("cpp_forward.j2", **kernel_text(printer, isa), **pieces, arguments=arguments(plan, isa))
@@ -244,6 +246,7 @@ def _reads_query(plan: KernelPlan) -> bool:
     roots += [e for g in plan.grads for e in (g.derivative, *g.load.indices)]
     if plan.pull is not None:
         roots += plan.pull.roots()
+    roots += [v.expr for v in plan.features] + ([] if plan.body is None else [plan.body.value])
     if plan.stream is not None:
         roots += [a.value for a in plan.stream.accumulators] + [out.value for out in plan.stream.outputs]
     return any(_is_axis(n, "q") for n in postorder(*roots))

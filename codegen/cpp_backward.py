@@ -18,6 +18,7 @@ from attnlang.passes.widths import Width
 
 from .cpp import kernel_text, loop_text, render
 from .cpp_arguments import Arguments, Field, arguments
+from .cpp_features import FeaturePrinter, gradients_text, scores_text
 from .cpp_printer import CppPrinter, declaration
 from .isa import Isa
 from .plan import CapturedGrad, KernelPlan, Section, SweepStep
@@ -153,7 +154,7 @@ def backward_arguments(plan: KernelPlan, isa: Isa) -> Arguments:
         Field("turns", "void *", ("pointer", "turns")),
         Field("shares", "int64", ("extent", "shares", "0")),
     ]
-    for i, grad in enumerate(plan.grads):
+    for i, grad in enumerate((*plan.grads, *plan.feature_grads)):
         extra.append(Field(f"d{i}", "float *", ("pointer", f"d{i}")))
         if grad.level is Level.PAIR:
             # a buffer is [batch shares, head shares, query shares, *shape]; shares that need no buffer have stride 0
@@ -163,7 +164,7 @@ def backward_arguments(plan: KernelPlan, isa: Isa) -> Arguments:
     return Arguments((*base.fields, *extra), base.locals)
 
 
-class _Printer(CppPrinter):
+class _Printer(FeaturePrinter):
     def input(self, node: Input, at: Level) -> str:
         return self._spread(node.name, node, at) if node.axes == "bhk" else super().input(node, at)
 
@@ -274,6 +275,7 @@ def emit_backward(plan: KernelPlan, isa: Isa) -> str:
     record = backward_arguments(plan, isa)
     sizes = [line for line in record.locals if " n_" in line]
     rows, columns = given(plan)
+    scores, slopes = scores_text(printer), gradients_text(printer)
     text = kernel_text(printer, isa)
     return render(
         "cpp_backward.j2",
@@ -283,6 +285,8 @@ def emit_backward(plan: KernelPlan, isa: Isa) -> str:
         full=full,
         partial=partial,
         grads=grads,
+        scores=scores,
+        slopes=slopes,
         scatters=any(g.level is Level.PAIR for g in grads),
         softmax=plan.pull is None,
         has_values=plan.pull is None or plan.pull.weight is not None,

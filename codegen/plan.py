@@ -30,6 +30,7 @@ from attnlang.ir import (
 )
 from attnlang.ir.build import TRUE
 from attnlang.ir.build import s as RAW_SCORE
+from attnlang.passes.bodies import Body, body_of, per_feature
 from attnlang.passes.columns import column_values
 from attnlang.passes.derivatives import derivatives
 from attnlang.passes.intervals import value_range
@@ -39,6 +40,7 @@ from attnlang.passes.simplify import map_program, simplify
 from attnlang.passes.streaming import Accumulator, Streaming, streaming
 from attnlang.passes.widths import Width, assumptions, widths
 
+from .features import body_roots, feature_grads, statements
 from .naming import names as value_names
 from .plan_parts import CapturedGrad, Section, Step, SweepStep, TensorArg, Value
 from .runs import RunBounds, forms_of, ranges_of, run_bounds
@@ -66,6 +68,10 @@ class KernelPlan:
     one (None where it is 1). Any other has ``pull``, whose expressions say all there is about a pair, and ``sweeps``,
     the passes before the last; ``score`` is then None. Both have ``grads``, one entry for each load of a captured
     tensor that needs a gradient.
+
+    ``body`` says how the raw score comes of the features of two rows, None where it is their dot product. ``features``
+    are the statements of the loop over features, at the levels they have elsewhere (those that do not differ between
+    features are among ``row`` as well). ``feature_grads`` are the gradients of what the body reads of captured tensors.
 
     A plan of the sums over queries has in ``columns`` what a pair brings to each; the rows are known by then.
     """
@@ -96,6 +102,9 @@ class KernelPlan:
     pull: Pullback | None = None
     sweeps: tuple[SweepStep, ...] = ()
     columns: tuple[tuple[Accumulator, Expr], ...] = ()
+    body: Body | None = None
+    features: tuple[Value, ...] = ()
+    feature_grads: tuple[CapturedGrad, ...] = ()
     direction: str = "forward"
     wide: bool = False
     outer: str = "q"
@@ -182,7 +191,7 @@ class KernelPlan:
     def digest(self) -> str:
         """Stable hash of everything the plan says, for cache keys."""
         dtypes = ",".join(f"{t.name}:{t.dtype}:{t.rank}" for t in self.tensors)
-        wanted = ",".join(format_expr(g.load) for g in self.grads)
+        wanted = ",".join(format_expr(g.load) for g in (*self.grads, *self.feature_grads))
         kind = f"{self.direction}:{wanted}|{self.dtype}|{self.head_dim}|{self.value_dim}|{dtypes}|{self.wide}"
         rows = "|".join("" if e is None else format_expr(e) for e in (self.query_row, self.key_row))
         text = f"{canonical(self.program)}|{kind}|{'|'.join(map(str, self.runs))}|{rows}"
@@ -257,7 +266,7 @@ def make_plan(
     Raises:
         Unstreamable: the stage has something that :mod:`attnlang.passes.streaming` cannot accumulate.
     """
-    program = map_program(program, simplify)
+    program, captured_grads = map_program(program, simplify), tuple(captured_grads)
     (term,) = program.attend.terms
     score, mask = program.score, program.mask
     batch, head, row = term.right.address
@@ -287,7 +296,10 @@ def make_plan(
         stream = saving(stream)
     made = () if stream is None else (*_pair_roots(stream), *_row_roots(stream))
     moved = tuple(e for e in (key_row, query_row) if e is not None)
-    roots = (*hooks, *made, *addresses, *moved)
+    body = body_of(term)
+    through = feature_grads(body, captured_grads) if backward else ()
+    inner = body_roots(body, through, backward=backward)
+    roots = (*hooks, *made, *addresses, *moved, *inner)
     forms = forms_of(program, closed)
     bounds = assumptions((*roots, *(e for form in forms for e in form.exprs)), storage, wide=wide)
     if forms:
@@ -298,13 +310,14 @@ def make_plan(
     level_of = levels(*roots)
 
     used = {n.tensor for n in _find(Load, *roots) if isinstance(n, Load)}
-    read = {n.name for n in _find(Param, *hooks, *made, *ends) if isinstance(n, Param)}
+    read = {n.name for n in _find(Param, *hooks, *made, *inner, *ends) if isinstance(n, Param)}
     tensors = tuple(TensorArg(t.name, t.type, storage[t.name], len(t.shape)) for t in program.tensors if t.name in used)
     scalars = tuple(Param(p.name, p.type) for p in program.scalars if p.name in read)
     sizes = tuple(dict.fromkeys(n.name for n in _find(Size, *roots) if isinstance(n, Size)))
 
     taken = (*(t.name for t in tensors), *(p.name for p in scalars), *sizes)
-    named = (*hooks, *made, *moved)
+    named = (*hooks, *made, *moved, *inner)
+    inside = per_feature(*inner)
     names = value_names(taken, named, runs, level_of)
     known_after = _passes(stream, pull, names)
 
@@ -313,7 +326,7 @@ def make_plan(
         return tuple(
             Value(name, node, level)
             for node, name in names.items()
-            if level_of[node] is level and node in needed and after in (None, known_after[node])
+            if level_of[node] is level and node in needed and node not in inside and after in (None, known_after[node])
         )
 
     def section(of: tuple[Expr, ...]) -> Section:
@@ -355,6 +368,9 @@ def make_plan(
         pull=pull,
         sweeps=() if pull is None else tuple(sweep(i, found) for i, found in enumerate(pull.sweeps)),
         columns=sums,
+        body=body,
+        features=statements(inner, names, level_of),
+        feature_grads=through,
         direction="backward" if backward else "columns" if columns else "saving" if saves else "forward",
         wide=wide,
         names=names,

@@ -85,8 +85,12 @@ class CapturedGrad:
     the gradient of the modified score; in a plan with a pullback it is the sum of ``derivative`` itself. ``level`` is
     the level of the index: a ROW load is summed over keys in registers and written once a query, a COL load once a key,
     a GRID load once a (b, h); only a PAIR load needs a scatter.
+
+    A gradient ``by_feature`` is that of a load in the body of the score term: it has a sum for every feature, of the
+    raw score's gradient times ``derivative``, and no PAIR load.
     """
 
     load: Load
     derivative: Expr
     level: Level
+    by_feature: bool = False

@@ -170,7 +170,7 @@ class Parameters:
             name = rename(safe_name(size))
             self.host += [] if size in KNOWN_SIZES else [name]
             self.add(name, KNOWN_SIZES.get(size, name), loose=True)
-        for i, grad in enumerate(plan.grads):
+        for i, grad in enumerate((*plan.grads, *plan.feature_grads)):
             if belongs(grad, kernel):
                 self.gradient(f"grad{i}", kind_of(grad), len(grad.load.indices))
         if kernel == QUERIES and has_diagonals(plan):

@@ -13,6 +13,7 @@ from .plan import KernelPlan
 from .triton_backward import rendered
 from .triton_backward_arguments import KEYS, LOOP, BackwardArguments, Parameters
 from .triton_common import Config, comment, kernel_context
+from .triton_features import scores_text
 from .triton_helpers import helper_sources
 from .triton_pull import PRODUCT, PassText, PullPrinter, SumText, sum_text, tile_text
 from .triton_pull_arguments import Reads, reads_of
@@ -74,11 +75,16 @@ def emit_columns(plan: KernelPlan, config: Config, outputs: tuple[Made, ...], *,
     roots = _roots(plan)
     full, partial = tile_text(printer, plan.full, roots, None), tile_text(printer, plan.partial, roots, plan.mask)
     reads = column_reads(plan)
+    features = scores_text(printer, rows_known=False)
+    looped = features is not None and features.distance
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
         "scored": True,  # nothing is kept times log2(e)
         "kernel_name": KERNEL_NAME,
         "title": comment(f"Attention sums over queries for the program {plan.program.name}"),
-        "distance": full.distance or partial.distance,
+        "distance": full.distance or partial.distance or looped,
+        "features": features,
+        "slopes": None,
+        "loop_distance": looped,
         "last": PassText(full, partial, reads, [], []),
         "draw": None,
         "weight": None,

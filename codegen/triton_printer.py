@@ -293,6 +293,7 @@ class TritonPrinter(Printer):
             "h": ("h", Level.GRID),
             "q": ("q_idx", Level.ROW),
             "k": ("k_idx", Level.COL),
+            "d": ("d_", Level.GRID),
         }[node.axis]
         self.used.add(name)
         return self._spread(name, level, at)
@@ -308,6 +309,8 @@ class TritonPrinter(Printer):
         return f"{name}.to(tl.int64)" if node.type is INT and self.plan.width(node) is Width.I64 else name
 
     def input(self, node: Input, at: Level) -> str:
+        if "d" in node.axes:
+            return self._spread(f"{node.name}_", Level.ROW if "q" in node.axes else Level.COL, at)
         return _TILES.get(node, node.name)
 
     def convert(self, text: str, have: Width, want: Width, at: Level) -> str:

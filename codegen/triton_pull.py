@@ -20,6 +20,7 @@ from .plan import KernelPlan, Section, Value
 from .triton_backward import PairPrinter, emit_keys, emit_queries, grad_texts, rendered
 from .triton_backward_arguments import KEYS, LOOP, QUERIES, BackwardArguments, backward_arguments, kernel_name
 from .triton_common import Config, Line, comment, kernel_context, lines, mask_text
+from .triton_features import gradients_text, scores_text
 from .triton_helpers import helper_sources
 from .triton_pull_arguments import Reads, kernel_reads, last_pass, pull_arguments, reads_of, swept
 from .triton_runs import bounds_text
@@ -148,7 +149,10 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
     pull = plan.pull
     assert pull is not None
     printer = PullPrinter(plan, interpreted=interpreted, flipped=kernel == KEYS)
-    roots = last_pass(plan, kernel)
+    roots, known = last_pass(plan, kernel), kernel == QUERIES
+    features = scores_text(printer, rows_known=known)
+    by = None if plan.body is None else plan.body.left if kernel == QUERIES else plan.body.right
+    slopes = None if by is None else gradients_text(printer, kernel, by, rows_known=known)
     mask = () if plan.mask is None else (plan.mask,)
     every = (*roots, *mask, *(e for sweep in plan.sweeps for _, e in sweep.sums))
     first = (pull.weight,) if kernel == KEYS and pull.weight is not None else ()
@@ -164,8 +168,11 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
         "scored": True,  # nothing is kept times log2(e)
         "kernel_name": kernel_name(kernel),
         "title": comment(f"Attention backward over {kernel} for the program {plan.program.name}"),
-        "distance": any(tile.distance for tile in tiles),
-        "row_values": lines(printer, _needed(plan.row, every)),
+        "distance": any(part.distance for part in (*tiles, features, slopes) if part is not None),
+        "row_values": lines(printer, _needed(plan.row, (*every, *(v.expr for v in plan.features)))),
+        "features": features,
+        "slopes": slopes,
+        "loop_distance": any(part.distance for part in (features, slopes) if part is not None),
         "sweeps": sweeps,
         "last": last,
         "draw": printer.tile(pull.draw),

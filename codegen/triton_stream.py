@@ -17,6 +17,7 @@ from attnlang.passes.streaming import Accumulator, Made, Streaming
 from .plan import KernelPlan, Step
 from .triton import Arguments, arguments, emit, score_text, section_text
 from .triton_common import Config, comment, kernel_context, lines, template, wrapped
+from .triton_features import scores_text
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter
 from .triton_runs import bounds_text
@@ -31,7 +32,7 @@ class _Printer(TritonPrinter):
     """Accumulators have an underscore at the end, which no name of a program has here."""
 
     def input(self, node: Input, at: Level) -> str:
-        if not {"q", "k"} & set(node.axes):
+        if not {"q", "k"} & set(node.axes) or "d" in node.axes:
             return super().input(node, at)
         if node is SHIFTED:
             return "shifted_"
@@ -212,6 +213,8 @@ def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) 
     partial = section_text(printer, plan.partial, (plan.score, plan.mask))
     kept = [(i, step) for i, step in enumerate(plan.steps) if any(a.over == "k" for a in step.accumulators)]
     steps = [_step(printer, step, number) for number, step in kept]
+    features = scores_text(printer, rows_known=True)
+    distance = full["distance"] or partial["distance"] or any(s.distance for s in steps)
     assert plan.stream is not None
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
         "offset_bits": 64 if plan.wide else 32,
@@ -223,7 +226,8 @@ def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) 
         "plan_full": full,
         "plan_partial": partial,
         "steps": steps,
-        "distance": full["distance"] or partial["distance"] or any(s.distance for s in steps),
+        "features": features,
+        "distance": distance or (features is not None and features.distance),
         "values": plan.stream.rows is not None,
         "outputs": _outputs(printer, plan),
         "bounds": bounds_text(printer, plan.run_bounds("k")),

@@ -124,6 +124,10 @@ def shared_bytes(plan: KernelPlan, config: Config) -> int:
     return rows + keys + pairs + vectors + 1024
 
 
+MOST_PAIRS = 128 * 64
+"""Pairs of a tile where a loop over features computes more than a product: larger ones spill registers."""
+
+
 def candidates(plan: KernelPlan, target: str, *, descriptors: bool = False) -> tuple[Config, ...]:
     """Return the tiles that fit ``target`` in order of preference; never empty."""
     width = max(padded(plan.head_dim), padded(plan.value_dim))
@@ -132,6 +136,8 @@ def candidates(plan: KernelPlan, target: str, *, descriptors: bool = False) -> t
     loaded = _loads(plan, Level.COL) + _loads(plan, Level.PAIR) > 0
     tiles = row.loads if loaded and row.loads else row.tiles
     configs = tuple(replace(Config(*tile), descriptors=descriptors) for tile in tiles)
+    if plan.body is not None:
+        configs = tuple(c for c in configs if c.block_m * c.block_n <= MOST_PAIRS) or configs[-1:]
     if target == INTERPRETED:
         return configs
     fitting = tuple(c for c in configs if shared_bytes(plan, c) <= shared_limit(target))

@@ -45,11 +45,11 @@ def queries_fit(queries: Operand, rows: Tensor, sizes: Mapping[str, int]) -> boo
 
 
 def in_place(stage: Attend, env: Environment, sizes: Mapping[str, int]) -> bool:
-    """Whether a forward kernel for ``stage`` finds all its rows itself: one dot product, and values where keys are.
+    """Whether a forward kernel for ``stage`` finds all its rows itself: one score term, and values where keys are.
 
     The other kernels read rows at the usual addresses only.
     """
-    if len(stage.terms) != 1 or stage.terms[0].body is not None:
+    if len(stage.terms) != 1:
         return False
     (term,) = stage.terms
     rows = [out.rows for out in stage.outputs if out.rows is not None]

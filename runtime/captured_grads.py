@@ -9,10 +9,11 @@ import torch
 
 from attnlang.codegen.plan import CapturedGrad
 from attnlang.ir import Environment, Index, Load, evaluate, postorder
+from attnlang.passes.levels import Level
 
 from .call import Call
 
-__all__ = ["Gradients", "bring_back", "total"]
+__all__ = ["Gradients", "axes_of", "bring_back", "total"]
 
 Tensor = torch.Tensor
 
@@ -28,7 +29,7 @@ class Gradients:
 
 
 def _positions(call: Call, axis: str, n: int, device: torch.device) -> dict[str, Tensor]:
-    """Index values along one axis of sums: ``b h q k``, ``-`` for k - q from 1 - Lq on, ``+`` for q + k."""
+    """Index values along one axis of sums: ``b h q k d``, ``-`` for k - q from 1 - Lq on, ``+`` for q + k."""
     at = torch.arange(n, device=device)
     last = call.sizes["Lq"] - 1
     if axis == "-":  # any pair of the diagonal will do
@@ -44,7 +45,7 @@ def _positions(call: Call, axis: str, n: int, device: torch.device) -> dict[str,
 def bring_back(call: Call, load: Load, sums: Tensor, axes: str) -> Tensor:
     """Add ``sums``, one dimension for each letter of ``axes``, to the elements ``load`` reads; always in one order.
 
-    ``axes`` are of ``b h q k``, or ``-`` and ``+`` for sums along the diagonals k - q and q + k.
+    ``axes`` are of ``b h q k d``, or ``-`` and ``+`` for sums along the diagonals k - q and q + k.
     """
     tensor = call.tensors[load.tensor]
     if not load.indices:
@@ -63,6 +64,12 @@ def bring_back(call: Call, load: Load, sums: Tensor, axes: str) -> Tensor:
     index = [i.expand(sums.shape) for i in index]
     out = torch.zeros(tensor.shape, device=sums.device)
     return out.index_put_(tuple(index), sums, accumulate=True) if out.numel() else out
+
+
+def axes_of(grad: CapturedGrad) -> str:
+    """The axes of the sums of a gradient that no pair decides where to add, for :func:`bring_back`."""
+    axes = {Level.GRID: "bh", Level.ROW: "bhq", Level.COL: "bhk"}[grad.level]
+    return axes + "d" if grad.by_feature else axes
 
 
 def total(

@@ -158,11 +158,10 @@ class StageKernel:
             return None
         (term,), values = self.stage.terms, pull.operand
         captured = [n.removeprefix("t.") for n in wanted if n.startswith("t.")]
-        read = {load.tensor for load, _ in pull.loads}
         try:
             call = self._bound(work)
             rows = row_gradients(pull, replace(work.env, sizes=call.sizes), held, finals, grads, captured)
-            made = _gradients(self.backend)(call, pull, rows, tuple(n for n in captured if n in read))
+            made = _gradients(self.backend)(call, pull, rows, tuple(n for n in captured if n in pull.tensors))
         except (Unavailable, VanishingFactor):
             return None
         found: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ from attnlang.ir import KEY_ADDRESS, Index
 from attnlang.passes.levels import Level
 
 from .call import Call
-from .captured_grads import Gradients, bring_back, total
+from .captured_grads import Gradients, axes_of, bring_back, total
 from .cpp import select_isa
 from .cpp_common import KernelCache, Loaded, plan_of, schedule_of
 from .errors import Unavailable
@@ -89,14 +89,15 @@ def launch(call: Call, inputs: Mapping[str, Tensor], do: Tensor | None, wanted: 
         "turns": torch.zeros((batch * heads * blocks + places + 1, TURN), dtype=torch.int64),
         "shares": torch.empty(shares),
     }
-    for i, grad in enumerate(kernel.plan.grads):
+    grads = (*kernel.plan.grads, *kernel.plan.feature_grads)
+    for i, grad in enumerate(grads):
         tensors[f"d{i}"] = _buffer(call, grad, shares, blocks)
     schedule, threads = schedule_of(call, isa, kernel.plan), torch.get_num_threads()
     if schedule is not None:
         threads = min(threads, schedule.threads(call))
     kernel.run(call, tensors, schedule, threads)
-    parts = [_gather(call, grad, tensors[f"d{i}"]) for i, grad in enumerate(kernel.plan.grads)]
-    captured = total(call, wanted, kernel.plan.grads, parts)
+    parts = [_gather(call, grad, tensors[f"d{i}"]) for i, grad in enumerate(grads)]
+    captured = total(call, wanted, grads, parts)
     dk, dv = (tensors[n][..., : t.shape[3]].to(t.dtype) for n, t in (("dk", call.k), ("dv", call.v)))
     return Gradients(tensors["dq"], dk, dv, captured)
 
@@ -109,15 +110,13 @@ def _zeros(shape: Sequence[int]) -> Tensor:
 def _buffer(call: Call, grad: CapturedGrad, shares: int, blocks: int) -> Tensor:
     """Return zeros for the sums of one captured gradient, laid out as the kernel expects."""
     batch, heads, lq, lk = (call.sizes[n] for n in ("B", "H", "Lq", "Lk"))
-    if grad.level is Level.GRID:
-        return _zeros((batch, heads, blocks))
-    if grad.level is Level.ROW:
-        return _zeros((batch, heads, lq))
-    if grad.level is Level.COL:
-        return _zeros((batch, heads, lk))
+    if grad.level is not Level.PAIR:
+        last = {Level.GRID: blocks, Level.ROW: lq, Level.COL: lk}[grad.level]
+        shape = (batch, heads, last, call.q.shape[3])
+        return _zeros(shape if grad.by_feature else shape[:3])
     private = set(private_axes(grad.load))
-    shape = call.tensors[grad.load.tensor].shape
-    for index, n in zip(grad.load.indices, shape, strict=True):
+    own = call.tensors[grad.load.tensor].shape
+    for index, n in zip(grad.load.indices, own, strict=True):
         # a plain index that is clamped into a short dimension does not keep pairs apart
         if isinstance(index, Index) and index.axis in "bhq":
             needed = {"b": batch, "h": heads, "q": lq}[index.axis]
@@ -126,22 +125,18 @@ def _buffer(call: Call, grad: CapturedGrad, shares: int, blocks: int) -> Tensor:
     counts = [
         n if axis in private else 1 for axis, n in zip("bhq", (call.k.shape[0], call.k.shape[1], shares), strict=True)
     ]
-    floats = math.prod(counts) * max(1, shape.numel())
+    floats = math.prod(counts) * max(1, own.numel())
     if floats > BUFFER_LIMIT:
         raise Unavailable(f"the gradient of {grad.load.tensor} would need {floats * 4 >> 20} MB of buffers")
-    out = _zeros((*counts, *shape))
+    out = _zeros((*counts, *own))
     strides = [0 if n == 1 else s for n, s in zip(counts, out.stride(), strict=False)]
     return out.as_strided(out.shape, (*strides, *out.stride()[3:]))
 
 
 def _gather(call: Call, grad: CapturedGrad, buffer: Tensor) -> Tensor:
     """Bring the sums of one gradient to the shape of the tensor, always in the same order."""
-    match grad.level:
-        case Level.PAIR:
-            shared = [d for d in range(3) if buffer.shape[d] > 1]
-            return (buffer.sum(shared, keepdim=True) if shared else buffer)[0, 0, 0]
-        case Level.GRID:
-            return bring_back(call, grad.load, buffer.sum(-1), "bh")
-        case Level.ROW:
-            return bring_back(call, grad.load, buffer, "bhq")
-    return bring_back(call, grad.load, buffer, "bhk")
+    if grad.level is Level.PAIR:
+        shared = [d for d in range(3) if buffer.shape[d] > 1]
+        return (buffer.sum(shared, keepdim=True) if shared else buffer)[0, 0, 0]
+    sums = buffer.sum(2) if grad.level is Level.GRID else buffer
+    return bring_back(call, grad.load, sums, axes_of(grad))

@@ -73,14 +73,12 @@ def _fits(operand: Operand, env: Environment, region: Region, axis: str) -> bool
 
 
 def at_default_addresses(stage: Attend, env: Environment) -> tuple[Attend, dict[str, Tensor]]:
-    """``stage`` with all rows of its dot products and sums at the default addresses, k and v with as many heads."""
-    if any(t.body is not None for t in stage.terms):
-        return stage, {}
+    """``stage`` with all rows of its score terms and sums at the default addresses, k and v with as many heads."""
     sides = [(t.left, "q") for t in stage.terms] + [(t.right, "k") for t in stage.terms]
     sides += [(o.rows, "k") for o in stage.outputs if o.rows is not None]
     if any(o.rows is not None and o.over != "k" for o in stage.outputs):
         return stage, {}
-    if any(_axes(*x.index) & {"q", "k"} != {axis} for x, axis in sides):
+    if any(not _axes(*x.index) & {"q", "k"} <= {axis} for x, axis in sides):
         return stage, {}
     here, region = _whole(stage, env)
     b, h, lq, lk = region.shape

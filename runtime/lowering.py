@@ -33,6 +33,7 @@ from attnlang.passes.simplify import map_record
 
 from .addresses import in_place
 from .gathers import at_default_addresses, joined, joins, one_hot
+from .separate import separated
 
 __all__ = ["Lowered", "apart", "lowered", "recorded", "with_products", "with_shared_rows"]
 
@@ -191,6 +192,9 @@ def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
     made |= more
     stage, more = with_shared_rows(stage, here())
     made |= more
+    if any(term.body is not None for term in stage.terms):
+        stage, more = separated(stage, here())
+        made |= more
     if recorded(env) or not _in_place(stage, here()):
         stage, more = at_default_addresses(stage, here())
         made |= more

@@ -37,6 +37,7 @@ from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
 from attnlang.passes.buckets import FIRST, in_buckets
 from attnlang.passes.simplify import map_program
+from attnlang.passes.terms import alone
 
 from . import buckets, regions
 from .call import Call
@@ -150,12 +151,14 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
         if backend == "eager":
             return one(call, stage, here)
-        if has_roots(stage, here) and compiled and has_kernel(probe(stage)):
+        if has_roots(stage, here) and compiled and has_kernel(probe(alone(stage)[0])):
             stage, roots = without_roots(stage, here, attend)
             here = replace(here, tensors={**here.tensors, **roots})
-        found = lowered(stage, here, call.scale)
+        with_one, scaled = alone(stage)
+        own = call if scaled else replace(call, scale=1.0)
+        found = lowered(with_one, here, own.scale)
         inner = replace(here, tensors={**here.tensors, **found.tensors})
-        ways = [way(part, inner, NARROW if len(found.parts) > 1 else 0) for part in found.parts]
+        ways = [way(own, part, inner, NARROW if len(found.parts) > 1 else 0) for part in found.parts]
         if None in ways:
             return one(call, stage, here)
         made: dict[str, Tensor] = {}
@@ -166,24 +169,24 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
     def served(stage: Attend) -> bool:
         return softmax_roles(stage) is not None or (compiled and has_kernel(stage))
 
-    def way(part: Attend, here: Environment, key_tile: int) -> Callable[[], dict[str, Tensor]] | None:
+    def way(own: Call, part: Attend, here: Environment, key_tile: int) -> Callable[[], dict[str, Tensor]] | None:
         """How kernels run a part of a stage, None where they do not."""
         if served(part):
-            return lambda: one(call, part, here, key_tile)
+            return lambda: one(own, part, here, key_tile)
         apart = in_buckets(part)
         if apart is None or not all(map(served, apart.stages)):
             return None
         if backend is None and recorded(here) and not all(map(_differentiable, apart.smooth)):
             return None  # gradients that the blockwise executor makes are better made in one pass
-        if not buckets.fits(apart, part, call, here, lambda *given: _runs_of(*given)[2](buckets.TILE)):
+        if not buckets.fits(apart, part, own, here, lambda *given: _runs_of(*given)[2](buckets.TILE)):
             return None
-        return lambda: buckets.run(apart, part, call, here, one)
+        return lambda: buckets.run(apart, part, own, here, one)
 
-    def one(call: Call, stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
+    def one(own: Call, stage: Attend, here: Environment, key_tile: int = 0) -> dict[str, Tensor]:
         roles = softmax_roles(stage)
         if roles is not None:
-            return _plain(call, stage, here, roles, attention, key_tile)
-        return _general(call, stage, here, backend)
+            return _plain(own, stage, here, roles, attention, key_tile)
+        return _general(own, stage, here, backend)
 
     made = run_stages(program, env, attend)
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}

@@ -21,7 +21,7 @@ from attnlang.ir import KEY_ADDRESS, Const, Index
 from attnlang.passes.levels import Level
 
 from .call import Call
-from .captured_grads import Gradients, bring_back, total
+from .captured_grads import Gradients, axes_of, bring_back, total
 from .errors import Unavailable
 from .triton_common import Kernel, Kernels, captured_arguments, check, plan_key, plan_of, table_of
 
@@ -96,7 +96,7 @@ class _Sums:
         shape: tuple[int, ...]
         if self.scatter is None:
             last = {Level.GRID: query_tiles, Level.ROW: lq, Level.COL: lk}[grad.level]
-            shape = (batch, heads, last)
+            shape = (batch, heads, last, call.q.shape[3]) if grad.by_feature else (batch, heads, last)
         elif self.scatter.is_diagonal:
             shape = (batch, heads, shares, lq + lk - 1)
         else:
@@ -132,9 +132,8 @@ class _Sums:
                 return (buffer[0, 0].double() / self.unit * float(self.grad.derivative.value)).float()
             case Scatter.STORE | Scatter.ROWS | Scatter.ATOMIC:
                 return buffer.sum((0, 1))
-        if self.grad.level is Level.GRID:
-            return bring_back(self.call, load, buffer.sum(2), "bh")
-        return bring_back(self.call, load, buffer, "bhq" if self.grad.level is Level.ROW else "bhk")
+        sums = buffer.sum(2) if self.grad.level is Level.GRID else buffer
+        return bring_back(self.call, load, sums, axes_of(self.grad))
 
 
 def _apart(call: Call, grad: CapturedGrad) -> set[str]:
@@ -223,7 +222,7 @@ def launch(
 ) -> dict[int, _Sums]:
     """Launch the queries or the keys kernel; return the sums it made, by the number of the gradient."""
     captured = captured_arguments(call, kernel.plan)
-    grads = kernel.plan.grads
+    grads = (*kernel.plan.grads, *kernel.plan.feature_grads)
     own = [i for i, g in enumerate(grads) if belongs(g, which)]
     made: dict[int, _Sums] = {}
 

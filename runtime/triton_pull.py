@@ -70,7 +70,8 @@ def pull(call: Call, pullback: Pullback, given: RowGradients, wanted: tuple[str,
     rows |= full
     wrote = [dk] if pullback.weight is None else [dk, dv]
     sums |= launch(call, KEYS, kernels.keys, operands(KEYS, wrote))
-    parts = [sums[i].result() for i in range(len(plan.grads))]
+    grads = (*plan.grads, *plan.feature_grads)
+    parts = [sums[i].result() for i in range(len(grads))]
     if pullback.weight is None:
         dv.zero_()
-    return Gradients(dq, dk, dv, total(call, wanted, plan.grads, parts))
+    return Gradients(dq, dk, dv, total(call, wanted, grads, parts))

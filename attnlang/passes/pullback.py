@@ -27,8 +27,10 @@ from attnlang.ir.build import op
 from attnlang.ir.build import s as RAW_SCORE
 from attnlang.ir.stages import RAW
 
+from .bodies import Body, body_of
 from .derivatives import derivatives
 from .factors import ONE, SHIFTED, ZERO
+from .levels import Level, levels
 from .shifts import is_only_a_shift
 from .simplify import simplify
 from .streaming import Accumulator, Made, Streaming, Unstreamable, accumulated, streaming
@@ -76,7 +78,7 @@ class Pullback:
     ``dv[k] = sum over q of weight * do[q]``; it is None where no rows are summed. Expressions read the raw score ``s``,
     :data:`DP`, row inputs (over b, h, q) and column inputs (over b, h, k); ``rows`` and ``columns`` name these, in a
     fixed order. A row input is an accumulator's final value by its own name, its :func:`cotangent`, :data:`FACTOR` or
-    :data:`SETTLED`.
+    :data:`SETTLED`. ``body`` says how the raw score comes of the rows, None where it is their dot product.
     """
 
     stream: Streaming
@@ -84,6 +86,13 @@ class Pullback:
     weight: Expr | None
     sweeps: tuple[Sweep, ...]
     loads: tuple[tuple[Load, Expr], ...]
+    body: Body | None = None
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the captured tensors that a gradient can reach through pairs."""
+        through = () if self.body is None else self.body.loads
+        return frozenset(load.tensor for load, _ in (*self.loads, *through))
 
     @property
     def operand(self) -> Operand | None:
@@ -211,6 +220,9 @@ def pullback(stage: Attend) -> Pullback:
         Unstreamable: no kernel can stream the stage, or its gradient is more than sums over pairs.
     """
     stream = streaming(stage)
+    body = body_of(stage.terms[0])
+    if body is not None and any(level is Level.PAIR for level in map(_level, body.loads)):
+        raise Unstreamable("the body of its score reads a captured tensor by pair")
     values = _values(stream)
     _refuse_others(stream, values)
     if stream.shift is not None and not is_only_a_shift(stream, stream.shift):
@@ -258,7 +270,11 @@ def pullback(stage: Attend) -> Pullback:
     summed = next((a for a in smooth if a.rows is not None), None)
     weight = None if summed is None else finished(_times(factor, values[summed.name]))
     kept = tuple((n, finished(e)) for n, e in loads if e is not ZERO)
-    return Pullback(stream, finished(draw), weight, tuple(sweeps), kept)
+    return Pullback(stream, finished(draw), weight, tuple(sweeps), kept, body)
+
+
+def _level(found: tuple[Load, Expr]) -> Level:
+    return levels(found[0])[found[0]]
 
 
 def is_zero(expr: Expr) -> bool:

@@ -259,8 +259,8 @@ def streaming(stage: Attend) -> Streaming:
     if len(stage.terms) != 1 or len(stage.branches) != 1:
         raise Unstreamable("it has several score terms or branches")
     (term,), branch = stage.terms, stage.branch
-    if term.body is not None or stage.position or term.name != SCORE.name:
-        raise Unstreamable("its score is not a plain dot product")
+    if stage.position or term.name != SCORE.name:
+        raise Unstreamable("its score is not its only term, or sees other positions than it reads rows of")
     if branch.group is not None:
         raise Unstreamable("its branch has groups")
     builder = _Builder(stage)

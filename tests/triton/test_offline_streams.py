@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from address_cases import TEXT
+from body_cases import program
 from streaming_cases import CASES, TENSORS, masked
 
 import attnlang as al
@@ -23,6 +24,7 @@ from attnlang.codegen.triton_tiles import shared_limit
 from attnlang.ir import INT, Load, Program, Size, TensorParam
 from attnlang.ir.build import k, op, q
 from attnlang.passes.streaming import streaming
+from attnlang.passes.terms import alone
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,38 @@ def test_names_of_the_kernels_are_reserved(name: str) -> None:
         own |= {n.id for n in ast.walk(kernel) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         own -= values | {n for n in own if n.startswith(tuple(f"{t.name}_" for t in TENSORS))}
         assert [n for n in own if n not in RESERVED and not own_name(n) and not n.endswith("_")] == []
+
+
+def body_plan(name: str, **kind: object) -> KernelPlan:
+    found = program(name)
+    stage = alone(found.attend)[0]
+    storage = {t.name: "float32" for t in found.tensors}
+    return make_plan(
+        replace(found, stages=(stage,)), dtype="bfloat16", head_dim=64, value_dim=64, storage=storage, **kind
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_scores_that_are_no_dot_product_compile(compiler: Compiler, target: str) -> None:
+    made = compile_plan(body_plan("additive"), target, descriptors=False, compiler=compiler)
+    assert made.shared_bytes <= shared_limit(target)
+    assert made.mma
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "kernel"),
+    [
+        ("cuda:90", "additive", QUERIES),
+        ("cuda:90", "l1", KEYS),
+        ("hip:gfx942", "by_key", KEYS),
+    ],
+)
+def test_gradients_of_bodies_compile(compiler: Compiler, name: str, kernel: str, target: str) -> None:
+    plan = body_plan(name, backward=True, captured_grads=[t.name for t in program(name).tensors])
+    made = compile_backward(plan, kernel, target, compiler)
+    assert made.shared_bytes <= shared_limit(target)
+    assert made.spill_bytes == 0
+    assert made.mma
 
 
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
