@@ -24,7 +24,7 @@ from .errors import Unavailable
 from .regions import Work
 from .row_gradients import RowGradients, VanishingFactor, row_gradients
 
-__all__ = ["DEVICES", "StageKernel", "has_gradient", "has_kernel", "kernel_of"]
+__all__ = ["DEVICES", "StageKernel", "has_gradient", "has_kernel", "kernel_of", "why_none"]
 
 Tensor = torch.Tensor
 
@@ -70,11 +70,16 @@ def _rows(stage: Attend) -> Operand | None:
 
 def has_kernel(stage: Attend) -> bool:
     """Whether :func:`kernel_of` has a kernel for such a stage."""
+    return not why_none(stage)
+
+
+def why_none(stage: Attend) -> str:
+    """Return why there is no kernel for such a stage, or nothing where there is one."""
     try:
         _rows(stage)
-    except Unavailable:
-        return False
-    return True
+    except Unavailable as error:
+        return error.reason
+    return ""
 
 
 @functools.lru_cache(maxsize=256)

@@ -51,11 +51,12 @@ def plan_for(
     ``storage`` gives dtype names of captured tensors; int64, float32 and bool where it is silent.
 
     Raises:
-        UsageError: unknown target or dtype, or a head dimension outside 1 to 512.
+        UsageError: unknown target or dtype, a head dimension outside 1 to 512, or a program that is not one kernel.
     """
     from attnlang.codegen.plan import make_plan
 
     check_target(target)
+    _check_one_kernel(program)
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}")
     for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
@@ -70,6 +71,16 @@ def plan_for(
         storage=held,
         closed=("k",) if _exact(program) else (),
     )
+
+
+def _check_one_kernel(program: Program) -> None:
+    from .compiled import why_none
+
+    ways = "call it with al.compile, which makes the kernels of all its parts"
+    if len(program.stages) > 1:
+        raise UsageError(f"{program.name} has {len(program.stages)} stages and is not one kernel; {ways}")
+    if reason := why_none(program.attend):
+        raise UsageError(f"{program.name} is not one kernel: {reason}; {ways}")
 
 
 def _exact(program: Program) -> bool:

@@ -167,3 +167,16 @@ def test_lengths_that_hide_everything_warn_and_give_zeros() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agree(attention, 40, length=torch.tensor([0, 7]))  # some rows hidden is what lengths are for
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:90"])
+def test_source_of_what_is_not_one_kernel(target: str) -> None:
+    with pytest.raises(al.UsageError, match="moba has 4 stages and is not one kernel"):
+        al.compile(al.library.moba).source(target)
+    branched = al.parse("""
+pattern two(more_q: float[B, H, Lq, R], more_k: float[B, 1, Lk, R]):
+    term t = dot(more_q, more_k[b, 0, k])
+    score = s + t
+""")
+    with pytest.raises(al.UsageError, match="two is not one kernel: it has several score terms"):
+        al.compile(branched).source(target)
