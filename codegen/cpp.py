@@ -145,7 +145,11 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
     passes: tuple[Step | SweepStep, ...] = (*plan.steps, *plan.sweeps)
     later = (v for step in passes for v in step.after if not isa.matrix)
     addresses = {name: printer.text(getattr(plan, name), Level.GRID) for name in ("key_batch", "key_head")}
-    key_row = "" if plan.key_row is None else printer.text(plan.key_row, Level.COL)
+    rows = {
+        "key_row": "" if plan.key_row is None else printer.text(plan.key_row, Level.COL),
+        "query_row": "" if plan.query_row is None else printer.text(plan.query_row, Level.ROW),
+        "key_values": [declaration(printer, v) for v in plan.key_values],
+    }
     bounds = bounds_text(printer, plan.run_bounds("k"))
     return {
         "header": _header(plan, isa),
@@ -166,9 +170,7 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
         "unit": "1.0f" if plan.binary else "LOG2_E",
         "key_blocks": _block_sizes(isa.keys),
         **addresses,
-        "key_row": key_row,
-        "query_row": "" if plan.query_row is None else printer.text(plan.query_row, Level.ROW),
-        "key_values": [declaration(printer, v) for v in plan.key_values],
+        **rows,
     }
 
 

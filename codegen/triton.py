@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnlang.ir import FLOAT, Expr, Input, postorder
-from attnlang.passes.levels import Level
+from attnlang.passes.levels import Level, axes_of
 
 from .plan import KernelPlan, Section
 from .triton_common import (
@@ -128,12 +128,18 @@ def _mask_lines(text: str) -> list[str]:
     return [f"visible = inside[None, :] & {terms[0]}", *(f"visible = visible & {t}" for t in terms[1:])]
 
 
+def _key_row(printer: TritonPrinter, row: Expr) -> str:
+    """The rows of a tile of keys; one that all keys share is written out for each."""
+    text = printer.text(row, Level.COL)
+    return text if "k" in axes_of(row)[row] else f"tl.full([BLOCK_N], {text}, tl.int64)"
+
+
 def section_text(printer: TritonPrinter, source: Section, roots: tuple[Expr | None, ...]) -> dict[str, Any]:
     """What a template needs to print one key loop that computes ``roots``."""
     printer.used.clear()
     plan = printer.plan
     early = lines(printer, plan.key_values)
-    row = "" if plan.key_row is None else printer.text(plan.key_row, Level.COL)
+    row = "" if plan.key_row is None else _key_row(printer, plan.key_row)
     col = lines(printer, (v for v in source.col if v not in plan.key_values))
     pair = lines(printer, source.pair)
     for root in roots:

@@ -13,7 +13,7 @@ eager executor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from . import eager
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["attend", "gradients", "wants_gradients"]
+__all__ = ["attend", "differentiable", "gradients", "wants_gradients"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -118,22 +118,41 @@ def gradients(
         return _Backward(call, names, needs, lse, do, dlse).run()
 
 
+def differentiable(
+    forward: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of ``forward(inputs)`` as differentiable functions of the inputs and of ``grads``.
+
+    Each input gets what passes through itself alone, also where inputs are one tensor or made of each other.
+    """
+
+    def of_wanted(*wanted: Tensor) -> tuple[Tensor, ...]:
+        found = iter(wanted)
+        return tuple(forward([next(found) if need else t for t, need in zip(inputs, needs, strict=True)]))
+
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    made, pull = torch.func.vjp(of_wanted, *wanted)  # type: ignore[misc]
+    found = iter(pull(tuple(g.to(t.dtype) for t, g in zip(made, grads, strict=True))))
+    return [next(found) if need else None for need in needs]
+
+
 def _differentiable(
     call: Call, names: tuple[str, ...], needs: tuple[bool, ...], do: Tensor | None, dlse: Tensor | None
 ) -> list[Tensor | None]:
     """First-order gradients as differentiable functions of the inputs and of do and dlse."""
+    given = (do, dlse)
+
+    def forward(inputs: Sequence[Tensor]) -> list[Tensor]:
+        q, k, v, *captured = inputs
+        tensors = dict(zip(names, captured, strict=True))
+        made = eager.forward(replace(call, q=q, k=k, v=v, tensors=tensors))
+        return [t for t, g in zip(made, given, strict=True) if g is not None]
+
     inputs = [call.q, call.k, call.v, *(call.tensors[n] for n in names)]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    outputs = [(out, d) for out, d in zip(eager.forward(call), (do, dlse), strict=True) if d is not None]
-    outputs = [(out, d) for out, d in outputs if out.requires_grad]
-    if not outputs:
-        return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in outputs], wanted, [d for _, d in outputs], create_graph=True, allow_unused=True
-        )
-    )
-    return [next(found) if need else None for need in needs]
+    return differentiable(forward, inputs, needs, [g for g in given if g is not None])
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 
 from attnlang.ir import OUTPUT_NAMES, UsageError
 
-from . import autograd, eager, stages
+from . import autograd, eager, stages, transforms
 from .bind import suggest
 from .call import Call
 from .errors import Unavailable
 
-__all__ = ["BACKENDS", "attend", "backward_of", "check_backend", "is_batched", "run"]
+__all__ = ["BACKENDS", "attend", "backward_of", "check_backend", "run"]
 
 Tensor = torch.Tensor
 Forward: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -81,20 +81,6 @@ def _choose(call: Call) -> str:
     return _OF_DEVICE.get(call.q.device.type, "eager")
 
 
-def is_batched(call: Call) -> bool:
-    """Whether an operand is a batch in the sense of vmap, which has no memory a kernel could read."""
-    return any(map(_is_batch, (call.q, call.k, call.v)))
-
-
-def _is_batch(t: torch.Tensor) -> bool:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
-            return True
-        t = functorch.get_unwrapped(t)  # vmap of grad: the batch is inside
-    return False
-
-
 def backward_of(call: Call, backend: str | None = None) -> autograd.Backward | None:
     """Return the backward kernels that belong to :func:`attend` of the same arguments, or None."""
     return _backward(backend or _choose(call))
@@ -117,12 +103,12 @@ def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         Unavailable: ``backend`` was named and cannot run this call.
     """
-    if is_batched(call):
+    if transforms.without_kernels((call.q, call.k, call.v, *call.tensors.values())):
         if backend not in (None, "eager"):
-            raise Unavailable(f"{backend} kernels cannot run under vmap")
+            raise Unavailable(f"{backend} kernels cannot run under vmap, nor with tangents")
         return eager.forward(call)  # differentiable by itself
     chosen = backend or _choose(call)
     forward = _forward(chosen) if backend or chosen == "eager" else functools.partial(_with_fallback, chosen)
-    if autograd.wants_gradients(call):
-        return autograd.attend(call, forward, _backward(chosen))
+    if autograd.wants_gradients(call) or transforms.innermost() is transforms.Kind.GRAD:
+        return autograd.attend(call, forward, _backward(chosen))  # which PyTorch runs outside of transforms
     return forward(call)

@@ -18,6 +18,7 @@ from attnlang.ir import KEY_ADDRESS, QUERY_ADDRESS, Address, Environment, evalua
 from attnlang.ir.build import TRUE, s
 
 from .call import Call
+from .transforms import outside
 
 __all__ = ["TILE", "Block", "KeyChunk", "blocks", "chunk_scores", "expand_rows", "forward", "forward_stats"]
 
@@ -124,9 +125,10 @@ def blocks(call: Call, tile: tuple[int, int] = TILE) -> Iterator[Block]:
     """Yield the blocks of a call in a fixed order; together they cover every query row once."""
     bm, bn = tile
     run_map = call.runs(tile)
-    table = run_map.launch_table()
-    full_ptr, full_runs = table.full_ptr.tolist(), table.full_runs.tolist()
-    part_ptr, part_runs = table.part_ptr.tolist(), table.part_runs.tolist()
+    with outside():
+        table = run_map.launch_table()
+        full_ptr, full_runs = table.full_ptr.tolist(), table.full_runs.tolist()
+        part_ptr, part_runs = table.part_ptr.tolist(), table.part_runs.tolist()
     lq, lk = call.sizes["Lq"], call.sizes["Lk"]
     nq = -(-lq // bm)
     device = call.q.device

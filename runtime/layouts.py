@@ -35,6 +35,7 @@ from .call import Call
 from .compiled import DEVICES
 from .errors import Unavailable
 from .runs import Memory, identify
+from .transforms import Kind, innermost, without_kernels
 
 if TYPE_CHECKING:
     from attnlang.sparsity import Layout, RunMap
@@ -254,7 +255,9 @@ def _in_place(call: Call, backend: str | None) -> Callable[[Call], tuple[Tensor,
     That is so where somebody records what is done, for the eager executor, and for matrix units that want rows packed.
     """
     chosen = backend or DEVICES.get(call.q.device.type)
-    if chosen not in DEVICES.values() or autograd.wants_gradients(call) or dispatch.is_batched(call):
+    if chosen not in DEVICES.values() or autograd.wants_gradients(call) or innermost() is Kind.GRAD:
+        return None
+    if without_kernels((call.q, call.k, call.v, *call.tensors.values())):
         return None
     if chosen == "triton":
         try:

@@ -34,6 +34,7 @@ from attnlang.passes.simplify import map_record
 from .addresses import in_place
 from .gathers import at_default_addresses, joined, joins, one_hot
 from .separate import separated
+from .transforms import without_kernels
 
 __all__ = ["Lowered", "apart", "lowered", "recorded", "with_products", "with_shared_rows"]
 
@@ -177,6 +178,8 @@ def recorded(env: Environment) -> bool:
 
 
 def _in_place(stage: Attend, env: Environment) -> bool:
+    if without_kernels((*env.operands.values(), *env.tensors.values())):
+        return False
     lq, lk = (int(evaluate(e, env)) for e in stage.lengths)
     return in_place(stage, env, {**env.sizes, "Lq": lq, "Lk": lk})
 

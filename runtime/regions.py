@@ -8,13 +8,16 @@ autograd. It is to the whole language what :mod:`.eager` is to softmax attention
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from attnlang.ir import Attend, Environment, Output, Region, attend_region, evaluate, finish, is_map, output_shape
+
+from .autograd import differentiable
+from .transforms import Kind, innermost, outside, without_kernels
 
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
@@ -95,9 +98,10 @@ def _regions(work: Work) -> Iterator[Region]:
     lq, lk = work.lengths
     height, width = TALL if lk <= TILE[1] else TILE
     run_map = work.runs((height, width))
-    table = run_map.launch_table()
-    ptrs = [table.full_ptr.tolist(), table.part_ptr.tolist()]
-    lists = [table.full_runs.tolist(), table.part_runs.tolist()]
+    with outside():
+        table = run_map.launch_table()
+        ptrs = [table.full_ptr.tolist(), table.part_ptr.tolist()]
+        lists = [table.full_runs.tolist(), table.part_runs.tolist()]
     blocks = -(-lq // height)
     for mb in range(run_map.batch):
         for mh in range(run_map.heads):
@@ -176,6 +180,18 @@ def _recorded(work: Work) -> dict[str, Tensor]:
     return {out.name: finish(out, found[out.name]) for out in work.stage.outputs}
 
 
+def _differentiable(
+    work: Work, names: Sequence[str], needs: Mapping[str, bool], tensors: Sequence[Tensor], grads: Mapping[str, Tensor]
+) -> list[Tensor | None]:
+    """Gradients of ``tensors``, called ``names``, recorded by autograd any number of times."""
+
+    def forward(inputs: Sequence[Tensor]) -> list[Tensor]:
+        made = _recorded(work.with_tensors(dict(zip(names, inputs, strict=True))))
+        return [made[n] for n in grads]
+
+    return differentiable(forward, tensors, [needs[n] for n in names], list(grads.values()))
+
+
 def _backward(
     work: Work, needs: Mapping[str, bool], grads: Mapping[str, Tensor], finals: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -226,14 +242,7 @@ class _Attend(torch.autograd.Function):
         if not given:
             return (None,) * (2 + ctx.count)
         if torch.is_grad_enabled():
-            made = _recorded(work)
-            wanted = [t for n, t in zip(ctx.names, tensors, strict=True) if needs[n]]
-            pairs = [(made[n], g) for n, g in given.items() if made[n].requires_grad]
-            parts = torch.autograd.grad(
-                [m for m, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-            )
-            found = iter(parts)
-            return (None, None, *(next(found) if needs[n] else None for n in ctx.names))
+            return (None, None, *_differentiable(work, ctx.names, needs, tensors, given))
         known = dict(zip(outs, finals, strict=False))
         if work.kernel is not None and len(finals) == len(outs) + len(work.kernel.saved):
             held = dict(zip(work.kernel.saved, finals[len(outs) :], strict=True))
@@ -259,9 +268,10 @@ def attend(work: Work) -> dict[str, Tensor]:
     """
     floats = work.floats()
     with torch.autocast(torch.device(work.env.device).type, enabled=False):
-        if any(map(torch._C._functorch.is_batchedtensor, floats.values())):
+        if without_kernels(floats.values()):
             return _recorded(work)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in floats.values())):
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in floats.values())
+        if not recorded and innermost() is not Kind.GRAD:
             with torch.no_grad():
                 return _outputs(work)
         # the record outlives the call: it must not keep the tensors that save_for_backward manages

@@ -22,6 +22,8 @@ import torch
 
 from attnlang.ir import Expr, Index, Load, Param, Program, Scalar, Size, postorder
 
+from .transforms import outside, unwrapped
+
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
 
@@ -184,9 +186,11 @@ class RunMaps:
         base: list[Identity | None] = []
 
         def find(tile: Tile) -> RunMap:
-            if not base:
-                base.append(identify((program.mask,), sizes, params, tensors))
-            found = self._memory.get(base[0], (tile,), lambda: _made(program, sizes, params, tensors, tile))
+            with outside():
+                plain = {name: unwrapped(t) for name, t in tensors.items()}
+                if not base:
+                    base.append(identify((program.mask,), sizes, params, plain))
+                found = self._memory.get(base[0], (tile,), lambda: _made(program, sizes, params, plain, tile))
             if warns and found.always_empty and found.rows and found.sizes[1]:
                 warn_blind(program.mask, program.name)
             return found

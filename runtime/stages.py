@@ -47,6 +47,7 @@ from .errors import Unavailable
 from .lowering import lowered, recorded
 from .roots import has_roots, probe, without_roots
 from .runs import Runs, run_maps
+from .transforms import without_kernels
 
 __all__ = ["run", "softmax_roles"]
 
@@ -173,6 +174,8 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
         """How kernels run a part of a stage, None where they do not."""
         if served(part):
             return lambda: one(own, part, here, key_tile)
+        if without_kernels((*here.operands.values(), *here.tensors.values())):
+            return None
         apart = in_buckets(part)
         if apart is None or not all(map(served, apart.stages)):
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,20 @@ pattern backwards(by: int[H]):
     weights = w * 0.5
     output best = argmax(w, over=k)
 
+pattern written(step: int, place: float[B, N]):
+    \"\"\"Keys and values at computed places: a parameter and an operator that nothing else reads.\"\"\"
+    keys = K[b, h % step, int(place[b, k]) + step]
+    values = V[b, h % step, int(place[b, k]) + step]
+    lengths = (Lq, N)
+    mask = k <= q
+
+pattern one_row(at: int[B]):
+    \"\"\"All keys of a batch element are one row.\"\"\"
+    keys = K[b, h, at[b]]
+    values = V[b, h, at[b]]
+    mask = k <= q
+    normalize = softmax(sink=0)
+
 pattern heads(by: int[H]):
     keys = K[b, by[h], k]
     values = V[b, by[h], k]
@@ -49,6 +63,7 @@ class Case:
     name: str
     shape: tuple[int, int, int]
     tensors: dict[str, Tensor]
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 def _cases() -> list[Case]:
@@ -62,11 +77,13 @@ def _cases() -> list[Case]:
         Case("one_batch", (1, 2, 37), {"page": far}),
         Case("backwards", (2, 3, 37), {"by": torch.tensor([2, 0, 1, 7])}),
         Case("heads", (2, 3, 37), {"by": torch.tensor([2, 0, -1, 7])}),
+        Case("written", (2, 2, 37), {"place": torch.rand(2, 21, generator=g) * 40}, {"step": 2}),
+        Case("one_row", (2, 4, 37), {"at": torch.tensor([36, -4])}),
     ]
 
 
 CASES = _cases()
-IDS = ["mixed pages", "pages in a row", "one batch", "backwards", "heads"]
+IDS = ["mixed pages", "pages in a row", "one batch", "backwards", "heads", "written", "one row"]
 
 
 def operands(case: Case, dtype: torch.dtype, features: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +97,7 @@ def operands(case: Case, dtype: torch.dtype, features: int) -> tuple[Tensor, Ten
 def results(case: Case, q: Tensor, k: Tensor, v: Tensor, backend: str) -> list[Tensor]:
     """Everything a call gives back: the rows, and the declared outputs by name."""
     program = al.parse(TEXT, case.name)
-    found = al.compile(program, backend=backend)(q, k, v, return_aux=True, **case.tensors)
+    found = al.compile(program, backend=backend)(q, k, v, return_aux=True, **case.tensors, **case.numbers)
     o, rest = found if isinstance(found, tuple) else (found, {})
     return [o, *(rest[name] for name in sorted(rest))]
 

@@ -206,7 +206,7 @@ def _fill(
     at = table.axes[-1]
     places = tokens[at]
     if "o" not in table.axes:
-        places = places[which] if "h" in table.axes and len(which) > 1 else places[0]
+        places = places[which] if "h" in table.axes else places[0]
     device, rank = places.device, len(table.axes)
     indices = {at: places}
     shape = [places.shape[-1]]

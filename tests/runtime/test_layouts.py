@@ -105,6 +105,12 @@ def test_a_kernel_finds_the_rows_where_they_are(
     close([o, lse], wanted[:2])
 
 
+def test_one_head_has_an_order_of_its_own() -> None:
+    tensors, given = operands(heads=1, kv_heads=1), values(heads=1)
+    layout = Layout.both(Hilbert((9, 13)), Patches((Dim(9), Dim(13)), (1, 0)), heads=(1,))
+    close([al.compile(BIASED, layout=layout)(*tensors, **given)], [al.reference(BIASED, *tensors, **given)])
+
+
 def test_names_of_tables_may_be_taken() -> None:
     program = al.parse("""
 pattern p(side: int, token_of_q: float[Lq]):

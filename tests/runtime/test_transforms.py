@@ -1,0 +1,142 @@
+"""Gradients of gradients and the transforms of torch.func, on kernels, against the same of dense PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import attnlang as al
+from attnlang.grammar import parse
+from attnlang.runtime.runs import run_maps
+
+TEXT = """
+pattern causal:
+    mask = k <= q
+
+pattern sigmoid_of_scores:
+    mask = k <= q
+    normalize = elementwise(sigmoid(s))
+
+pattern pages(page: int[P]):
+    keys = K[b, h, page[k // 4] * 4 + k % 4]
+    values = V[b, h, page[k // 4] * 4 + k % 4]
+    mask = k <= q
+
+pattern in_groups:
+    mask = k <= q
+    group = k % 2
+    groups = 2
+    normalize:
+        stat m = max(s)
+        stat own = sum(exp(s - m), by=group)
+        weight = exp(s - m) / own
+"""
+PROGRAMS = parse(TEXT).patterns
+PAGE = torch.tensor([1, 0, 1])
+Tensor = torch.Tensor
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dense(name: str) -> Attention:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if name == "pages":
+            row = (PAGE[:, None] * 4 + torch.arange(4)).flatten()[: k.shape[2]]
+            k, v = k[:, :, row], v[:, :, row]
+        s = q @ k.mT * q.shape[-1] ** -0.5
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        if name == "sigmoid_of_scores":
+            return torch.where(seen, torch.sigmoid(s), 0.0) @ v
+        parts = [seen]
+        if name == "in_groups":
+            parts = [seen & (torch.arange(k.shape[2]) % 2 == n) for n in range(2)]
+        return sum(torch.where(p, s.masked_fill(~p, -1e30).softmax(-1), 0.0) for p in parts) @ v
+
+    return attend
+
+
+def ours(name: str) -> Attention:
+    run_maps.clear()  # so that they are made inside of the transform
+    attn, given = al.compile(PROGRAMS[name]), {"page": PAGE} if name == "pages" else {}
+    return lambda q, k, v: attn(q, k, v, **given)
+
+
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))
+
+
+def same(got: object, want: object) -> None:
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        torch.testing.assert_close(
+            a, b, atol=2e-5 * max(1.0, float(b.detach().abs().max())), rtol=2e-4, check_dtype=False
+        )
+
+
+def twice(attend: Attention, dtype: torch.dtype) -> list[Tensor]:
+    """First and second derivatives where q, k and v are one tensor, or made of each other."""
+    found = []
+    for made in (lambda x: (x, x, x), lambda x: (x, x * 2 - 0.5, x.flip(-1) * x)):
+        x = rows()[0].to(dtype).requires_grad_()
+        (first,) = torch.autograd.grad(attend(*made(x)).square().sum(), x, create_graph=True)
+        found += [first, *torch.autograd.grad(first.square().sum(), x)]
+    return found
+
+
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_operands_made_of_each_other(name: str) -> None:
+    same(twice(ours(name), torch.float32), twice(dense(name), torch.float64))
+
+
+def _value(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v).square().sum()
+
+
+def _without_recording(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        made = attend(q, k, v).sum()
+    return q.sum() * made
+
+
+TRANSFORMS: dict[str, Callable[[Attention, Tensor, Tensor, Tensor], object]] = {
+    "grad": lambda f, *x: torch.func.grad(lambda *y: _value(f, *y), argnums=(0, 1, 2))(*x),
+    "grad of grad": lambda f, q, k, v: torch.func.grad(
+        lambda q: torch.func.grad(lambda k: _value(f, q, k, v))(k).square().sum()
+    )(q),
+    "grad without recording": lambda f, *x: torch.func.grad(lambda q: _without_recording(f, q, *x[1:]))(x[0]),
+    "grad by something else": lambda f, *x: torch.func.grad(lambda y: (y * f(*x)).sum())(torch.ones(())),
+    "vjp": lambda f, *x: torch.func.vjp(lambda *y: f(*y), *x)[1](x[0] * 2),
+    "jvp": lambda f, *x: torch.func.jvp(lambda *y: f(*y), x, (x[1], x[2], x[0])),
+    "jacrev": lambda f, q, k, v: torch.func.jacrev(lambda v: f(q, k, v)[0, 0, 5, :3])(v),
+    "jacfwd": lambda f, q, k, v: torch.func.jacfwd(lambda k: f(q, k[..., :1] + q, v)[0, 0, 5, :3])(k[..., :1]),
+    "vmap by something else": lambda f, *x: torch.vmap(lambda y: y * f(*x))(torch.ones(2)),
+}
+
+
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_transforms(name: str, transform: str) -> None:
+    run = TRANSFORMS[transform]
+    same(run(ours(name), *rows()), run(dense(name), *(x.double() for x in rows())))
+
+
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("name", ["causal", "pages"])
+def test_vmap(name: str) -> None:
+    q, k, v = rows()
+    both = torch.stack([q, q + 1])
+    run = lambda f: torch.vmap(lambda q: f(q, k, v))(both)  # noqa: E731
+    same(run(ours(name)), run(dense(name)))
+
+
+@pytest.mark.usefixtures("unoptimised")
+def test_tangents_are_not_lost() -> None:
+    q, k, v = rows()
+    want = torch.func.jvp(lambda q: dense("causal")(q, k, v), (q,), (k,))[1]
+    with torch.autograd.forward_ad.dual_level():
+        made = ours("causal")(torch.autograd.forward_ad.make_dual(q, k), k, v)
+        same(torch.autograd.forward_ad.unpack_dual(made).tangent, want)
