@@ -70,9 +70,8 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 
 def same(got: object, want: object) -> None:
     for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
-        torch.testing.assert_close(
-            a, b, atol=2e-5 * max(1.0, float(b.detach().abs().max())), rtol=2e-4, check_dtype=False
-        )
+        size = max(1.0, float(b.detach().abs().max()))
+        torch.testing.assert_close(a, b, atol=2e-5 * size, rtol=2e-4, check_dtype=False)
 
 
 def twice(attend: Attention, dtype: torch.dtype) -> list[Tensor]:
