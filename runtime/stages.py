@@ -36,6 +36,7 @@ from attnlang.ir import (
 from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
 from attnlang.passes.buckets import FIRST, in_buckets
+from attnlang.passes.positions import at_slots
 from attnlang.passes.simplify import map_program
 from attnlang.passes.terms import alone
 
@@ -152,6 +153,7 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
     def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
         if backend == "eager":
             return one(call, stage, here)
+        stage = at_slots(stage)
         if has_roots(stage, here) and compiled and has_kernel(probe(alone(stage)[0])):
             stage, roots = without_roots(stage, here, attend)
             here = replace(here, tensors={**here.tensors, **roots})

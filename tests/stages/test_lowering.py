@@ -114,6 +114,15 @@ def summaries() -> Program:
     return Program("summaries", (Attend(terms=terms, branches=(Branch(CAUSAL, score),)),))
 
 
+def positioned() -> Program:
+    """Queries that start later and keys in steps of two, as masks, scores and outputs see them."""
+    distance = op("to_float", op("sub", q, k))
+    output = Output("reach", op("mul", WEIGHT, distance), key=(op("mod", k, 3),), extents=(const(3),))
+    branch = Branch(CAUSAL, op("sub", s, op("mul", distance, 0.02)))
+    position = (("q", op("add", q, 20)), ("k", op("mul", k, 2)))
+    return Program("positioned", (Attend(branches=(branch,), outputs=(OUT, output, LSE), position=position),))
+
+
 def captured(shapes: dict[str, tuple[str, ...]]) -> tuple[TensorParam, ...]:
     return tuple(TensorParam(n, FLOAT, tuple(map(Size, shape))) for n, shape in shapes.items())
 
@@ -133,7 +142,7 @@ def test_rewritten_stages_have_kernels(make: object) -> None:
         assert softmax_roles(part) is not None or has_kernel(part), part.name
 
 
-@pytest.mark.parametrize("make", LOWERED)
+@pytest.mark.parametrize("make", [*LOWERED, positioned])
 def test_rewritten_stages_mean_the_same(make: object) -> None:
     torch.manual_seed(0)
     program: Program = make()  # type: ignore[operator]
