@@ -141,7 +141,9 @@ def guarded(command: Command) -> Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            made = command(*args, **kwargs)
+            sys.stdout.flush()  # here, where a reader that has left is no error, and not when Python ends
+            return made
         except (typer.Exit, typer.Abort, typer.BadParameter, SystemExit):
             raise
         except KeyboardInterrupt:
