@@ -310,7 +310,7 @@ def make_plan(
     level_of = levels(*roots)
 
     used = {n.tensor for n in _find(Load, *roots) if isinstance(n, Load)}
-    read = {n.name for n in _find(Param, *roots, *inner) if isinstance(n, Param)}
+    read = {n.name for n in _find(Param, *roots) if isinstance(n, Param)}
     tensors = tuple(TensorArg(t.name, t.type, storage[t.name], len(t.shape)) for t in program.tensors if t.name in used)
     scalars = tuple(Param(p.name, p.type) for p in program.scalars if p.name in read)
     sizes = tuple(dict.fromkeys(n.name for n in _find(Size, *roots) if isinstance(n, Size)))

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from attnlang.ir import (
+    COMBINE,
     INT,
     Attend,
     Branch,
     Environment,
     Expr,
-    Input,
     Load,
     Output,
     Program,
@@ -30,7 +30,11 @@ from attnlang.ir import (
     TensorParam,
     evaluate,
     finish,
+    index_grid,
+    input_names,
+    numbers_of,
     postorder,
+    scatter,
     substitute,
 )
 from attnlang.passes.buckets import FIRST, KEYS, QUERIES, VALUES, WHOLE, Bucketed, InBuckets, bucket_keys, tensor_of
@@ -48,11 +52,6 @@ Attending: TypeAlias = Callable[[Call, Attend, Environment], dict[str, Tensor]]
 """Runs a stage of one program, all of whose tensors the environment binds."""
 RunsOf: TypeAlias = "Callable[[Call, Attend, Environment], RunMap]"
 
-_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
 MOST = 1 << 25
 """Floats of operands of the buckets that run at once: gradients of q, k and v are made for each bucket."""
 FEW = 16
@@ -74,7 +73,7 @@ def _lengths(stage: Attend, env: Environment) -> tuple[int, int]:
 
 
 def _number(extents: tuple[Expr, ...], env: Environment) -> int:
-    return math.prod(max(0, int(evaluate(e, replace(env, indices={})))) for e in extents)
+    return math.prod(max(0, n) for n in numbers_of(extents, env))
 
 
 def fits(found: Bucketed, stage: Attend, call: Call, env: Environment, runs: RunsOf) -> bool:
@@ -137,8 +136,7 @@ def run(found: Bucketed, stage: Attend, call: Call, env: Environment, attend: At
         if out in found.reduced:
             outputs[out.name] = _reduced(out, outputs[out.name].to(env.float_dtype), stage, env)
         elif out.key:
-            extents = tuple(int(evaluate(e, replace(env, indices={}))) for e in out.extents)
-            outputs[out.name] = finish(out, outputs[out.name].unflatten(3, extents))
+            outputs[out.name] = finish(out, outputs[out.name].unflatten(3, numbers_of(out.extents, env)))
     if found.seen is not None:
         seen = attend(call, found.seen, here)["seen"][..., None] > 0
         for out in found.wide:
@@ -149,16 +147,11 @@ def run(found: Bucketed, stage: Attend, call: Call, env: Environment, attend: At
 
 def _row(expr: Expr, stage: Attend, env: Environment, stats: Mapping[str, Tensor]) -> Tensor:
     """A function of a row and of statistics as [B, H, Lq, groups], or [..., 1] where no group is read."""
-    lq, device = _lengths(stage, env)[0], env.device
-    axes = {"b": env.sizes["B"], "h": env.sizes["H"], "q": lq}
-    grid = {
-        a: torch.arange(n, device=device).view([-1 if d == i else 1 for d in range(4)])
-        for i, (a, n) in enumerate(axes.items())
-    }
-    read = {n.name for n in postorder(expr) if isinstance(n, Input)}
-    inputs = {n: stats[n] if stats[n].dim() == 4 else stats[n][..., None] for n in read}
-    value = evaluate(expr, replace(env, indices=grid, inputs=inputs)).to(env.float_dtype)
-    return value.expand(*axes.values(), value.shape[-1] if value.dim() else 1)
+    shape = (env.sizes["B"], env.sizes["H"], _lengths(stage, env)[0])
+    inputs = {n: stats[n] if stats[n].dim() == 4 else stats[n][..., None] for n in input_names(expr)}
+    grid = index_grid((*shape, 1), "bhq-", env)
+    value = evaluate(expr, replace(grid, inputs=inputs)).to(env.float_dtype)
+    return value.expand(*shape, value.shape[-1] if value.dim() else 1)
 
 
 def _seeded(st: Stat, value: Tensor, stage: Attend, env: Environment, stats: Mapping[str, Tensor]) -> Tensor:
@@ -168,7 +161,7 @@ def _seeded(st: Stat, value: Tensor, stage: Attend, env: Environment, stats: Map
     safe = {n: torch.where(t.isinf(), 0.0, t) if t.dim() == 3 else t for n, t in stats.items()}
     seed = _row(st.seed, stage, env, safe)
     seed = seed if st.grouped else seed[..., 0]
-    return _COMBINE[st.monoid](value, seed)
+    return COMBINE[st.monoid](value, seed)
 
 
 def _sources(part: InBuckets, stage: Attend) -> dict[str, str]:
@@ -231,25 +224,16 @@ def _reduced(out: Output, rows: Tensor, stage: Attend, env: Environment) -> Tens
     """An output over (q, k) from what its rows are: [B, H, Lq] or [B, H, Lq, buckets]."""
     lq, at = _lengths(stage, env)[0], bucket_keys(out)
     values = (rows if rows.dim() == 4 else rows[..., None]).transpose(-1, -2)  # [B, H, buckets, Lq]
-    extents = [int(evaluate(e, replace(env, indices={}))) for e in out.extents]
+    extents = numbers_of(out.extents, env)
     others = [n for n in range(len(extents)) if n not in at]
     flat = torch.zeros((1, 1, 1, lq), dtype=torch.int64, device=values.device)
     inside = torch.ones_like(flat, dtype=torch.bool)
-    shapes = ((env.sizes["B"], 0), (env.sizes["H"], 1), (lq, 3))
-    grid = {
-        a: torch.arange(n, device=values.device).view([-1 if d == i else 1 for d in range(4)])
-        for a, (n, i) in zip("bhq", shapes, strict=True)
-    }
+    grid = index_grid((env.sizes["B"], env.sizes["H"], 1, lq), "bh-q", env)
     for n in others:
-        key = evaluate(out.key[n], replace(env, indices=grid))
+        key = evaluate(out.key[n], grid)
         inside = inside & (key >= 0) & (key < extents[n])
         flat = flat * extents[n] + key
-    total = math.prod(extents[n] for n in others)
-    index = torch.where(inside, flat, total).expand(values.shape)
-    identity = {"sum": 0.0, "max": -math.inf, "min": math.inf}[out.monoid]
-    held = values.new_full((*values.shape[:-1], total + 1), identity)
-    how = {"sum": "sum", "max": "amax", "min": "amin"}[out.monoid]
-    held = held.scatter_reduce(-1, index, values, how, include_self=True)[..., :total]
+    held = scatter(out.monoid, values, torch.where(inside, flat, -1), math.prod(extents[n] for n in others))
     held = held.unflatten(-1, [extents[n] for n in others]) if others else held[..., 0]
     held = held.unflatten(2, [extents[n] for n in at]) if at else held.squeeze(2)
     order = [2 + (*at, *others).index(n) for n in range(len(extents))]

@@ -24,12 +24,13 @@ from attnlang.ir import (
     Dot,
     Environment,
     Expr,
-    Index,
     Input,
     Operand,
     Output,
     Region,
     evaluate,
+    index_axes,
+    numbers_of,
     operand_rows,
     postorder,
 )
@@ -47,10 +48,6 @@ LARGEST = 1 << 27
 """Floats of a tensor of gathered rows."""
 MOST_GROUPS = 256
 """Key groups of a sum by group, since one row of a kernel holds them all."""
-
-
-def _axes(*roots: Expr) -> set[str]:
-    return {n.axis for n in postorder(*roots) if isinstance(n, Index)}
 
 
 def _names(env: Environment) -> set[str]:
@@ -78,7 +75,7 @@ def at_default_addresses(stage: Attend, env: Environment) -> tuple[Attend, dict[
     sides += [(o.rows, "k") for o in stage.outputs if o.rows is not None]
     if any(o.rows is not None and o.over != "k" for o in stage.outputs):
         return stage, {}
-    if any(not _axes(*x.index) & {"q", "k"} <= {axis} for x, axis in sides):
+    if any(not index_axes(*x.index) & {"q", "k"} <= {axis} for x, axis in sides):
         return stage, {}
     here, region = _whole(stage, env)
     b, h, lq, lk = region.shape
@@ -118,7 +115,7 @@ def _coefficients(stage: Attend) -> tuple[Attend, tuple[Expr, ...]] | None:
         if parts is None or set(parts) <= {None}:
             return None
         coefficients = tuple(parts.get(x, Const(0.0, FLOAT)) for x in inputs)
-        if any("k" in _axes(c) for c in coefficients):
+        if any("k" in index_axes(c) for c in coefficients):
             return None
         rest = parts.get(None)
         branches.append(replace(branch, score=SCORE if rest is None else op("add", SCORE, rest)))
@@ -176,7 +173,7 @@ def _by_key(out: Output) -> bool:
         and out.rows is None
         and out.over == "k"
         and out.monoid == "sum"
-        and not _axes(*out.key) & {"q", "h"}
+        and not index_axes(*out.key) & {"q", "h"}
         and not any(isinstance(n, Input) for n in postorder(*out.key))
     )
 
@@ -193,7 +190,7 @@ def one_hot(
     here, region = _whole(stage, env)
     outputs = []
     for out in stage.outputs:
-        extents = tuple(int(evaluate(e, replace(env, indices={}))) for e in out.extents)
+        extents = numbers_of(out.extents, env)
         groups = math.prod(extents)
         name = f"{out.name}_groups"
         if not _by_key(out) or not 0 < groups <= MOST_GROUPS or name in _names(env):

@@ -112,19 +112,23 @@ class _Arranged:
 
         return runs
 
+    def laid(self, call: Call) -> Call:
+        """The call over slots, whose rows are yet where they were."""
+        return replace(
+            call,
+            program=self.program,
+            sizes=self.sizes,
+            tensors=self.tensors(call),
+            runs=self.runs(call),
+            key_tile=self.layout.key_tile,
+        )
+
     def read_in_order(self, call: Call) -> Call:
         """The call as a kernel sees it that finds the row of a slot itself."""
         program, order, names = _placed(self.program, *self.which, self.q is not None, self.k is not None)
         tokens = {n: axis.table for n, axis in zip(names, (self.q, self.k), strict=True) if axis is not None}
-        return replace(
-            call,
-            program=program,
-            sizes=self.sizes,
-            tensors={**self.tensors(call), **tokens},
-            runs=self.runs(call),
-            key_tile=self.layout.key_tile,
-            order=order,
-        )
+        laid = self.laid(call)
+        return replace(laid, program=program, tensors={**laid.tensors, **tokens}, order=order)
 
 
 @lru_cache(maxsize=256)
@@ -340,14 +344,4 @@ def _moved(call: Call, here: _Arranged) -> Call:
     """The call as a kernel sees it."""
     q = _put(call.q, here.q, here.heads)
     k, v = (_put(x, here.k, _heads(here.heads, x.shape[1])) for x in (call.k, call.v))
-    return replace(
-        call,
-        program=here.program,
-        q=q,
-        k=k,
-        v=v,
-        sizes=here.sizes,
-        tensors=here.tensors(call),
-        runs=here.runs(call),
-        key_tile=here.layout.key_tile,
-    )
+    return replace(here.laid(call), q=q, k=k, v=v)

@@ -20,12 +20,11 @@ from attnlang.ir import (
     Dot,
     Environment,
     Expr,
-    Index,
     Input,
     Load,
     Output,
     evaluate,
-    postorder,
+    index_axes,
     substitute,
 )
 from attnlang.ir.build import b, h, k, q
@@ -61,17 +60,13 @@ def apart(stage: Attend) -> tuple[Attend, ...]:
     return tuple(parts) if len(parts) > 1 else (stage,)
 
 
-def _axes(*roots: Expr) -> set[str]:
-    return {n.axis for n in postorder(*roots) if isinstance(n, Index)}
-
-
 def _by_pair(term: Dot) -> bool:
     """Whether rows of q meet rows of a table that the pair chooses."""
     return (
         term.body is None
         and term.left.index == QUERY_ADDRESS
-        and {"q", "k"} <= _axes(*term.right.index)
-        and not _axes(*term.right.index[:-1]) & {"q", "k"}
+        and {"q", "k"} <= index_axes(*term.right.index)
+        and not index_axes(*term.right.index[:-1]) & {"q", "k"}
     )
 
 
@@ -128,8 +123,8 @@ def _by_key(term: Dot) -> bool:
     return (
         term.body is None
         and term.left.index == QUERY_ADDRESS
-        and _axes(term.right.index[-1]) == {"k"}
-        and not _axes(*term.right.index[:-1]) & {"q", "k"}
+        and index_axes(term.right.index[-1]) == {"k"}
+        and not index_axes(*term.right.index[:-1]) & {"q", "k"}
     )
 
 

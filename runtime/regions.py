@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from attnlang.ir import Attend, Environment, Output, Region, attend_region, evaluate, finish, is_map, output_shape
+from attnlang.ir import (
+    COMBINE,
+    Attend,
+    Environment,
+    Output,
+    Region,
+    attend_region,
+    evaluate,
+    finish,
+    is_map,
+    output_shape,
+)
 
 from .autograd import differentiable
 from .transforms import Kind, innermost, outside, without_kernels
@@ -29,11 +40,6 @@ Tensor = torch.Tensor
 TILE = (128, 128)
 TALL = (8192, 128)
 """The tile where all keys fit into one: there are no keys to skip, and fewer regions cost less."""
-_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
 BUDGET = 1 << 22
 """Pairs evaluated at once; one block of rows of one head may exceed it."""
 
@@ -143,7 +149,7 @@ def _merge(out: Output, total: Tensor, found: Tensor, region: Region) -> None:
     else:
         where = (b, h, region.keys) if out.over == "q" else (b[..., 0], h[:, 0])
         old = total[where]
-        total[where] = _COMBINE[out.monoid](old, found)
+        total[where] = COMBINE[out.monoid](old, found)
 
 
 def _cotangent(out: Output, grad: Tensor, region: Region, final: Tensor, found: Tensor) -> Tensor:

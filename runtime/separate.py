@@ -25,6 +25,7 @@ from attnlang.ir import (
     Operand,
     Region,
     evaluate,
+    index_grid,
     operand_rows,
 )
 from attnlang.ir.build import op
@@ -32,12 +33,12 @@ from attnlang.passes.bodies import LEFT, RIGHT, body_of
 from attnlang.passes.levels import axes_of
 from attnlang.passes.simplify import simplify
 
+from .gathers import LARGEST
+
 __all__ = ["separated"]
 
 Tensor = torch.Tensor
 
-LARGEST = 1 << 27
-"""Floats of a tensor of rows."""
 ONE, MINUS = Const(1.0, FLOAT), Const(-1.0, FLOAT)
 
 
@@ -74,10 +75,8 @@ def _sides(term: Dot) -> tuple[Expr, Expr] | None:
 
 def _rows(value: Expr, given: Input, rows: Tensor, axis: str, env: Environment) -> Tensor:
     """``value`` of every feature of ``rows`` [B, heads, length, features], which it reads as ``given``."""
-    grid = {}
-    for number, (name, n) in enumerate(zip(f"bh{axis}d", rows.shape, strict=True)):
-        grid[name] = torch.arange(n, device=env.device).view([-1 if d == number else 1 for d in range(4)])
-    made = evaluate(value, replace(env, indices=grid, inputs={given.name: rows}))
+    grid = index_grid(tuple(rows.shape), f"bh{axis}d", env)
+    made = evaluate(value, replace(grid, inputs={given.name: rows}))
     return made.expand(rows.shape)
 
 

@@ -24,7 +24,6 @@ from attnlang.ir import (
     Dot,
     Environment,
     Expr,
-    Index,
     Program,
     Size,
     TensorParam,
@@ -231,12 +230,9 @@ def _plain(
 def _runs_of(call: Call, stage: Attend, here: Environment) -> tuple[Program, dict[str, int], Runs]:
     """A stage as a program of its own, its sizes, and the run maps of what any branch sees."""
     alone, sizes = _alone(call.program, stage, here)
-    inner = alone.attend
-    masks = [branch.mask for branch in inner.branches]
-    union = replace(inner, branches=(Branch(any_of(*masks)),), outputs=DEFAULT_OUTPUTS, terms=(Dot(),), position=())
-    if inner.position:  # the mask sees positions, the map counts slots
-        moved: dict[Expr, Expr] = {Index(axis): e for axis, e in inner.position}
-        union = replace(union, branches=(Branch(substitute(any_of(*masks), moved)),))
+    inner = at_slots(alone.attend)  # the map counts slots
+    mask = any_of(*(branch.mask for branch in inner.branches))
+    union = replace(inner, branches=(Branch(mask),), outputs=DEFAULT_OUTPUTS, terms=(Dot(),))
     seen = replace(alone, stages=(union,))
     warns = FIRST.name not in call.params  # that a bucket is empty is no mistake
     return alone, sizes, run_maps.provider(seen, sizes, call.params, here.tensors, warns)

@@ -4,13 +4,42 @@ from . import build, normalizers
 from .errors import AttnlangError, ProgramError, UsageError
 from .evaluate import Environment, evaluate
 from .mapping import map_record
-from .nodes import AXES, Const, Expr, Index, Input, Load, Op, Param, Scalar, Size, postorder, rewrite, substitute
+from .nodes import (
+    AXES,
+    Const,
+    Expr,
+    Index,
+    Input,
+    Load,
+    Op,
+    Param,
+    Scalar,
+    Size,
+    index_axes,
+    input_names,
+    postorder,
+    rewrite,
+    substitute,
+)
 from .ops import OPS, OpSpec, promote_args, result_type
 from .printer import canonical, digest, format_expr
 from .program import BUILTIN_SIZES, HEAD_SIZES, Program, ScalarParam, TensorParam, simple
 from .random import dropout, random
 from .reference import dense_mask, reference, reference_attention, run_stages
-from .semantics import Region, attend_region, finish, is_map, operand_rows, output_shape, reads_pair
+from .rowstages import index_grid
+from .semantics import (
+    COMBINE,
+    IDENTITY,
+    Region,
+    attend_region,
+    finish,
+    is_map,
+    numbers_of,
+    operand_rows,
+    output_shape,
+    reads_pair,
+    scatter,
+)
 from .shapes import OPERAND_SHAPES, tensors_made
 from .stages import (
     DEFAULT_OUTPUTS,
@@ -44,9 +73,11 @@ __all__ = [
     "AXES",
     "BOOL",
     "BUILTIN_SIZES",
+    "COMBINE",
     "DEFAULT_OUTPUTS",
     "FLOAT",
     "HEAD_SIZES",
+    "IDENTITY",
     "INT",
     "KEY",
     "KEY_ADDRESS",
@@ -100,10 +131,14 @@ __all__ = [
     "finish",
     "format_expr",
     "format_program",
+    "index_axes",
+    "index_grid",
+    "input_names",
     "is_map",
     "join",
     "map_record",
     "normalizers",
+    "numbers_of",
     "operand_rows",
     "output_shape",
     "postorder",
@@ -115,6 +150,7 @@ __all__ = [
     "result_type",
     "rewrite",
     "run_stages",
+    "scatter",
     "simple",
     "stat",
     "substitute",

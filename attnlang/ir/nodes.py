@@ -26,6 +26,8 @@ __all__ = [
     "Param",
     "Scalar",
     "Size",
+    "index_axes",
+    "input_names",
     "postorder",
     "rewrite",
     "substitute",
@@ -223,6 +225,16 @@ def postorder(*roots: Expr) -> Iterator[Expr]:
                 seen.add(node)
                 stack.append((node, True))
                 stack.extend((a, False) for a in reversed(node.args) if a not in seen)
+
+
+def index_axes(*roots: Expr) -> set[str]:
+    """Return the axes of all indices under ``roots``."""
+    return {n.axis for n in postorder(*roots) if isinstance(n, Index)}
+
+
+def input_names(*roots: Expr) -> set[str]:
+    """Return the names of all inputs under ``roots``."""
+    return {n.name for n in postorder(*roots) if isinstance(n, Input)}
 
 
 def rewrite(roots: Iterable[Expr], rule: Callable[[Expr], Expr]) -> tuple[Expr, ...]:

@@ -13,7 +13,7 @@ from .nodes import Input as Named
 from .stages import Map, Pool, Select
 from .types import FLOAT
 
-__all__ = ["run_rows"]
+__all__ = ["index_grid", "run_rows"]
 
 Tensor = torch.Tensor
 
@@ -30,8 +30,8 @@ def run_rows(stage: Map | Pool | Select, env: Environment) -> Tensor:
     return _select(stage, env)
 
 
-def _grid(extents: tuple[int, ...], axes: str, env: Environment) -> Environment:
-    """Index tensors for ``axes``, one dimension each."""
+def index_grid(extents: tuple[int, ...], axes: str, env: Environment) -> Environment:
+    """Return ``env`` with index tensors for ``axes``, one dimension each; ``-`` is a dimension without an index."""
     rank = len(axes)
     vectors = [
         torch.arange(n, device=env.device).view([-1 if d == i else 1 for d in range(rank)])
@@ -62,7 +62,7 @@ def _whole_loads(roots: tuple[Expr, ...], axes: str, extents: tuple[int, ...], e
 
 def _map(stage: Map, env: Environment) -> Tensor:
     extents = tuple(int(evaluate(e, env)) for e in stage.extents)
-    grid = _grid(extents, "bhqd", env)
+    grid = index_grid(extents, "bhqd", env)
     roots = (*(e for _, _, e in stage.lets), stage.value)
     whole = _whole_loads(roots, "bhqd", extents, env)
     views = {load: Named(f"view {i}", FLOAT, "bhqd") for i, load in enumerate(whole)}
@@ -129,7 +129,7 @@ def _pool(stage: Pool, env: Environment) -> Tensor:
 def _select(stage: Select, env: Environment) -> Tensor:
     extents = tuple(int(evaluate(e, env)) for e in stage.extents)
     with torch.no_grad():
-        grid = _grid(extents, "bhqk", env)
+        grid = index_grid(extents, "bhqk", env)
         score = evaluate(stage.score, grid).to(env.float_dtype).expand(extents)
         candidates = evaluate(stage.candidates, grid).expand(extents)
         forced = evaluate(stage.forced, grid).expand(extents) if stage.forced is not FALSE else None
@@ -141,7 +141,7 @@ def _select(stage: Select, env: Environment) -> Tensor:
 
 def _choose(stage: Select, env: Environment, score: Tensor, candidates: Tensor, forced: Tensor | None) -> Tensor:
     (rule,) = stage.rules
-    at = _grid(tuple(score.shape[:3]), "bhq", env)
+    at = index_grid(tuple(score.shape[:3]), "bhq", env)
     amount = evaluate(rule, at)
     amount = amount.expand(score.shape[:3])[..., None] if amount.dim() == 3 else amount
     if stage.threshold is not None:

@@ -8,7 +8,7 @@ hook is evaluated at it, so log(s) or 1 / s of a hidden pair reaches neither a v
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,18 @@ from .evaluate import Environment, evaluate
 from .nodes import Expr, Index, Input, postorder
 from .stages import BODY_LEFT, BODY_RIGHT, KEY_ADDRESS, QUERY_ADDRESS, Attend, Branch, Dot, Operand, Output, Stat
 
-__all__ = ["Region", "attend_region", "finish", "is_map", "output_shape", "reads_pair"]
+__all__ = [
+    "COMBINE",
+    "IDENTITY",
+    "Region",
+    "attend_region",
+    "finish",
+    "is_map",
+    "numbers_of",
+    "output_shape",
+    "reads_pair",
+    "scatter",
+]
 
 Tensor = torch.Tensor
 
@@ -215,9 +226,16 @@ def _reduce(monoid: str, dense: Tensor, dim: int) -> Tensor:
 
 
 IDENTITY = {"sum": 0.0, "max": -math.inf, "min": math.inf}
+"""What a monoid makes of nothing."""
+COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+"""What a monoid makes of two parts."""
 
 
-def _scatter(monoid: str, values: Tensor, index: Tensor, extent: int) -> Tensor:
+def scatter(monoid: str, values: Tensor, index: Tensor, extent: int) -> Tensor:
     """Reduce the last dimension of ``values`` into ``extent`` buckets; an index outside adds to none."""
     inside = (index >= 0) & (index < extent)
     index = torch.where(inside, index, extent).expand(values.shape)
@@ -269,9 +287,7 @@ class _BranchValues:
             return value
         seed = self.row(found.seed)
         seed = seed[..., None] if seed.dim() < value.dim() else seed  # one for all groups
-        if found.monoid == "sum":
-            return value + seed
-        return torch.maximum(value, seed) if found.monoid == "max" else torch.minimum(value, seed)
+        return COMBINE[found.monoid](value, seed)
 
     def _combined(self, found: Stat, stats: Mapping[str, Tensor]) -> Tensor:
         monoid = "sum" if found.monoid == "root" else found.monoid
@@ -281,7 +297,7 @@ class _BranchValues:
             return _reduce(monoid, dense, -1)
         assert self.pairs.group is not None and self.pairs.grouped is not None
         group = torch.where(self.pairs.grouped, self.pairs.group, -1)
-        return _scatter(monoid, dense, self.pairs.dense(group, -1), self.groups)
+        return scatter(monoid, dense, self.pairs.dense(group, -1), self.groups)
 
     def _root(self, found: Stat) -> Tensor:
         """The t with sum of lift = 1: safeguarded Newton steps, and one more through which gradients pass."""
@@ -383,7 +399,7 @@ def _output(out: Output, found: _BranchValues, slots: Environment) -> Tensor:
         dense, bucket = dense.flatten(-2), bucket.flatten(-2)
     total = math.prod(extents)
     return (
-        _scatter(out.monoid, dense, bucket, total).unflatten(-1, extents)
+        scatter(out.monoid, dense, bucket, total).unflatten(-1, extents)
         if total
         else dense.new_zeros((*dense.shape[:-1], *extents))
     )
@@ -396,11 +412,17 @@ def _argmax(pairs: _Pairs, values: Tensor, seen: Tensor, region: Region) -> Tens
     return torch.where(seen, region.keys[dense.argmax(-1)], -1)
 
 
+def numbers_of(exprs: Iterable[Expr], env: Environment) -> tuple[int, ...]:
+    """Values of ``exprs`` over sizes and parameters alone, such as the extents of an output."""
+    here = replace(env, indices={})
+    return tuple(int(evaluate(e, here)) for e in exprs)
+
+
 def _bucket(out: Output, pairs: _Pairs, slots: Environment) -> tuple[Tensor | None, tuple[int, ...]]:
     """Which element of the extents every pair adds to, -1 for none, as [b, h, m, n]."""
     if not out.key:
         return None, ()
-    extents = tuple(int(evaluate(e, replace(slots, indices={}))) for e in out.extents)
+    extents = numbers_of(out.extents, slots)
     flat = torch.zeros(pairs.count, dtype=torch.int64, device=slots.device)
     inside = torch.ones(pairs.count, dtype=torch.bool, device=slots.device)
     for key, extent in zip(out.key, extents, strict=True):
@@ -416,7 +438,7 @@ def _weighted_rows(
     assert out.rows is not None
     if _pair_row(out.rows):  # a histogram over the rows of the table, times the table
         table, which = _table(out.rows, slots, region)
-        return _scatter("sum", dense, which, table.shape[-2]) @ table
+        return scatter("sum", dense, which, table.shape[-2]) @ table
     axis = "q" if out.over == "q" else "k"
     rows = operand_rows(out.rows, slots, region, axis)
     if axis == "q":

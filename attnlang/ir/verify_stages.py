@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from .nodes import Expr, Index, Input, postorder
+from .nodes import Expr, Input, index_axes, postorder
 from .semantics import is_map
 from .stages import INNER, STAGE_INPUTS, Attend, Branch, Map, Operand, Output, Pool, Select, Stage
 from .types import BOOL, FLOAT, INT, Type
@@ -46,10 +46,6 @@ def _inputs(expr: Expr) -> set[str]:
     return {n.name for n in postorder(expr) if isinstance(n, Input)}
 
 
-def _axes(expr: Expr) -> set[str]:
-    return {n.axis for n in postorder(expr) if isinstance(n, Index)}
-
-
 def _typed(what: str, expr: Expr | None, want: Type) -> Iterator[str]:
     if expr is not None and expr.type is not want:
         yield f"{what} has type {expr.type}, expected {want}"
@@ -60,7 +56,7 @@ def _reads(what: str, expr: Expr | None, allowed: Iterable[str], axes: str = "bh
         return
     if extra := _inputs(expr) - set(allowed):
         yield f"{what} cannot read {', '.join(sorted(extra))}"
-    if extra := _axes(expr) - set(axes):
+    if extra := index_axes(expr) - set(axes):
         yield f"{what} cannot depend on {', '.join(sorted(extra))}"
 
 
@@ -119,7 +115,7 @@ def _check_operand(what: str, operand: Operand, known: Mapping[str, Made], axes:
     for index in operand.index:
         yield from _typed(f"an address of {what}", index, INT)
         yield from _reads(f"an address of {what}", index, ())
-    outer = set().union(*(_axes(e) for e in operand.index)) if operand.index else set()
+    outer = set().union(*(index_axes(e) for e in operand.index)) if operand.index else set()
     if {"q", "k"} <= outer:  # which row depends on the pair: only the last index may
         for index in operand.index[:-1]:
             yield from _reads(f"an address of {what}", index, (), "bh")
@@ -140,7 +136,7 @@ def _check_attend(stage: Attend, known: Mapping[str, Made]) -> Iterator[str]:
         yield from _typed(f"the body of term {term.name}", term.body, FLOAT)
         yield from _reads(f"the body of term {term.name}", term.body, ("x", "y"), "bhqkd")
         for side in (term.left, term.right):
-            if term.body is not None and {"q", "k"} <= set().union(*map(_axes, side.index)):
+            if term.body is not None and {"q", "k"} <= index_axes(*side.index):
                 yield f"term {term.name} has a body, and which row of {side.source} it reads depends on the pair"
     for branch in stage.branches:
         yield from _check_branch(branch, terms)

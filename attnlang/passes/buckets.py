@@ -26,8 +26,6 @@ from attnlang.ir import (
     Branch,
     Dot,
     Expr,
-    Index,
-    Input,
     Load,
     Normalizer,
     Operand,
@@ -35,8 +33,9 @@ from attnlang.ir import (
     Param,
     Size,
     Stat,
+    index_axes,
+    input_names,
     is_map,
-    postorder,
     stat,
     substitute,
 )
@@ -140,15 +139,7 @@ def _place(found: Stat, group: Expr | None) -> Load:
 
 def bucket_keys(out: Output) -> tuple[int, ...]:
     """The keys of an output that need buckets: not those that number a row which is reduced over anyway."""
-    return tuple(n for n, key in enumerate(out.key) if out.over != "qk" or "k" in _axes(key))
-
-
-def _names(*exprs: Expr) -> set[str]:
-    return {n.name for n in postorder(*exprs) if isinstance(n, Input)}
-
-
-def _axes(*exprs: Expr) -> set[str]:
-    return {n.axis for n in postorder(*exprs) if isinstance(n, Index)}
+    return tuple(n for n, key in enumerate(out.key) if out.over != "qk" or "k" in index_axes(key))
 
 
 def _parts(found: Stat) -> tuple[Expr, ...]:
@@ -177,12 +168,12 @@ class _Stages:
         found = set(names)
         for st in reversed(self.stats):
             if st.name in found:
-                found |= _names(*_parts(st))
+                found |= input_names(*_parts(st))
         return {st.name for st in self.stats if st.name in found}
 
     def reads(self, outputs: Iterable[Output]) -> set[str]:
         """Statistics behind ``outputs``."""
-        return self.closed(_names(*(self.composed(out.value) for out in outputs)))
+        return self.closed(input_names(*(self.composed(out.value) for out in outputs)))
 
     def places(self, group: Expr | None) -> dict[Expr, Expr]:
         return {stat(st.name): _place(st, group) for st in self.stats if st.name in self.needed}
@@ -208,7 +199,7 @@ class _Stages:
             return map_record(changed, lambda e: substitute(e, found))
         kept = tuple(st for st in self.stats if not grouped & self.closed({st.name}))
         branch = replace(self.branch, normalizer=replace(norm, stats=kept), group=None, groups=None)
-        if grouped & self.closed(_names(self.composed(WEIGHT))):  # which no output reads
+        if grouped & self.closed(input_names(self.composed(WEIGHT))):  # which no output reads
             branch = replace(branch, normalizer=replace(_NOTHING, stats=kept), weight=None)
         return replace(self.stage, branches=(branch,), outputs=outputs)
 
@@ -250,7 +241,7 @@ class _Stages:
         """The statistics that are needed, in an order in which they can be made."""
         depth: dict[str, int] = {}
         for st in self.stats:
-            depth[st.name] = 1 + max((depth[n] for n in _names(*_parts(st)) & depth.keys()), default=-1)
+            depth[st.name] = 1 + max((depth[n] for n in input_names(*_parts(st)) & depth.keys()), default=-1)
         shifts = {st.name for st in self.stats if st.name in self.needed and self._is_shift(st)}
         made = []
         for number, smooth in sorted({(depth[n], n not in shifts) for n in self.needed}):
@@ -286,7 +277,7 @@ def in_buckets(stage: Attend) -> Bucketed | None:
     stages = _Stages(stage)
     grouped = {st.name for st in stages.stats if st.grouped}
     keyed = [out for out in stage.outputs if bucket_keys(out)]
-    wide = tuple(out for out in stage.outputs if out.over == "" and grouped & _names(out.value))
+    wide = tuple(out for out in stage.outputs if out.over == "" and grouped & input_names(out.value))
     reduced = tuple(out for out in stage.outputs if out.over == "qk")
     others = [out for out in stage.outputs if out not in keyed and out not in wide]
     if branch.group is None and not (keyed or reduced):

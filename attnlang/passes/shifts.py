@@ -14,6 +14,8 @@ import torch
 
 from attnlang.ir import (
     BOOL,
+    COMBINE,
+    IDENTITY,
     INT,
     Attend,
     Environment,
@@ -148,12 +150,6 @@ def _outputs(stream: Streaming, random: _Random, name: str, by: float) -> list[T
 
 
 GROUPS = 2
-_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
-_IDENTITY = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}
 
 
 @functools.lru_cache(maxsize=256)
@@ -219,9 +215,9 @@ def _statistic(
     """What every pair reads of a statistic."""
     lift = _value(st.lift, random, held, chosen)[:, None, :].expand(ROWS, KEYS, KEYS)
     if st.grouped:
-        lift = torch.where(group[:, :, None] == group[:, None, :], lift, _IDENTITY[st.monoid])
+        lift = torch.where(group[:, :, None] == group[:, None, :], lift, IDENTITY[st.monoid])
     value = _REDUCE[st.monoid](lift, 2)[..., 0]
     if st.seed is None:
         return value
     seed = _value(st.seed, random, held, chosen)
-    return _COMBINE[st.monoid](value, seed)
+    return COMBINE[st.monoid](value, seed)

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import reduce
 
+from attnlang import ir
 from attnlang.ir import FLOAT, Attend, Const, Expr, Input, Op, Operand, Output, Stat, is_map, postorder, substitute
 from attnlang.ir.build import op
 from attnlang.ir.build import s as SCORE
@@ -26,7 +27,7 @@ __all__ = ["SHIFTED", "Accumulator", "Made", "Streaming", "Unstreamable", "accum
 
 MOST_PARTS = 2
 """Sums an output may be multiplied out into; more (a variance) would cancel badly."""
-IDENTITY = {"sum": 0.0, "max": -math.inf, "min": math.inf, "argmax": -math.inf}
+IDENTITY = {**ir.IDENTITY, "argmax": -math.inf}
 
 
 class Unstreamable(Exception):

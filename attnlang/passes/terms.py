@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from attnlang.ir import FLOAT, Attend, Branch, Dot, Expr, Input, map_record, postorder, substitute
+from attnlang.ir import FLOAT, Attend, Branch, Dot, Expr, Input, input_names, map_record, substitute
 from attnlang.ir.build import s as SCORE
 from attnlang.ir.stages import RAW
 
@@ -13,7 +13,7 @@ __all__ = ["alone"]
 
 
 def _names(*roots: Expr | None) -> set[str]:
-    return {n.name for n in postorder(*(e for e in roots if e is not None)) if isinstance(n, Input)}
+    return input_names(*(e for e in roots if e is not None))
 
 
 def _others(stage: Attend) -> list[Expr | None]:

@@ -71,7 +71,7 @@ def _reduced(t: Tensor, dim: int, fn: Callable[..., Tensor]) -> Tensor:
     """One value of every SIDE along ``dim``; the last may stand for fewer."""
     count = t.shape[dim]
     whole = count // SIDE * SIDE
-    # both after the split, dim counts from the end: the parts of a cell are the dimension in its place
+    # dim counts from the end: after the split it is the elements of a cell
     parts = [fn(t.narrow(dim, 0, whole).unflatten(dim, (-1, SIDE)), dim=dim)] if whole else []
     if whole < count:
         parts.append(fn(t.narrow(dim, whole, count - whole), dim=dim, keepdim=True))

@@ -116,15 +116,6 @@ class RunMap:
 
     # --- other forms
 
-    def part(self, batch: int, heads: slice) -> RunMap:
-        """Return the map of one batch element and some consecutive heads."""
-        first = (batch * self.heads + heads.start) * self.nq
-        last = (batch * self.heads + heads.stop) * self.nq
-        runs = slice(int(self.ptr[first]), int(self.ptr[last]))
-        ptr = self.ptr[first : last + 1] - self.ptr[first]
-        start, end, kind = self.start[runs], self.end[runs], self.kind[runs]
-        return RunMap(self.tile, self.sizes, 1, heads.stop - heads.start, ptr, start, end, kind)
-
     def transpose(self) -> RunMap:
         """Return the map with queries and keys exchanged: runs of query tiles for each row of key tiles."""
         if "transpose" not in self._memo:
