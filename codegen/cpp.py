@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class _Loop:
     uses_row: bool
     uses_score: bool
     changes: bool
+    by_halves: bool = False
+    """Whether the mask is known before the scores, and corners it hides are left out."""
 
 
 class _Compiled(jinja2.FileSystemBytecodeCache):
@@ -118,9 +120,11 @@ def emit(plan: KernelPlan, isa: Isa) -> str:
     printer = FeaturePrinter(plan)
     stream = plan.stream
     assert stream is not None
+    sight, partial = _partial(printer, isa)
     pieces = {
         "full": loop_text(printer, plan.full, plan.score, None),
-        "partial": loop_text(printer, plan.partial, plan.score, plan.mask),
+        "partial": partial,
+        "sight": sight,
         "steps": [step_text(printer, step, i) for i, step in enumerate(plan.steps)],
         "held": state(printer),
         "epilogue": epilogue(printer),
@@ -218,6 +222,17 @@ def _pulled(pull: Pullback) -> list[str]:
 
 def _times(a: Accumulator) -> str:
     return "" if a.rows is None else f" * {a.rows.source}"
+
+
+def _partial(printer: CppPrinter, isa: Isa) -> tuple[_Loop | None, _Loop]:
+    """The loop that finds the visible pairs, where they are wanted before the scores, and the loop over the scores."""
+    plan = printer.plan
+    if plan.mask is None or plan.body is not None or isa.matrix or isa.vectors % 2:
+        return None, loop_text(printer, plan.partial, plan.score, plan.mask)
+    sight = loop_text(printer, plan.partial.needed(plan.mask), None, plan.mask)
+    scores = () if plan.score is None else (plan.score,)
+    rest = loop_text(printer, plan.partial.needed(*scores), plan.score, None)
+    return sight, replace(rest, mask="visible_pairs.pairs[j * VECTORS + v]", changes=True, by_halves=True)
 
 
 def loop_text(printer: CppPrinter, section: Section, score: Expr | None, mask: Expr | None) -> _Loop:

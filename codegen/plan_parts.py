@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attnlang.ir import Expr, Input, Load, Type, format_expr
+from attnlang.ir import Expr, Input, Load, Type, format_expr, postorder
 from attnlang.passes.levels import Level
 from attnlang.passes.streaming import Accumulator
 
-__all__ = ["CapturedGrad", "Section", "Step", "SweepStep", "TensorArg", "Value"]
+__all__ = ["CapturedGrad", "Section", "Step", "SweepStep", "TensorArg", "Value", "needed"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class Section:
     col: tuple[Value, ...]
     pair: tuple[Value, ...]
     row: tuple[Value, ...] = ()
+
+    def needed(self, *roots: Expr) -> Section:
+        """The statements that ``roots`` are made of."""
+        return Section(needed(self.col, roots), needed(self.pair, roots), needed(self.row, roots))
+
+
+def needed(values: Iterable[Value], roots: Iterable[Expr]) -> tuple[Value, ...]:
+    """Those of ``values`` that ``roots`` are made of."""
+    found = set(postorder(*roots))
+    return tuple(v for v in values if v.expr in found)
 
 
 @dataclass(frozen=True)

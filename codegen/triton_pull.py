@@ -7,16 +7,16 @@ inputs to the keys kernel. Softmax attention has templates of its own, which kee
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from attnlang.ir import Expr, Input, postorder
+from attnlang.ir import Expr, Input
 from attnlang.ir.build import s as RAW_SCORE
 from attnlang.passes.levels import Level
 from attnlang.passes.pullback import DP
 
-from .plan import KernelPlan, Section, Value
+from .plan import KernelPlan, Section
+from .plan_parts import needed
 from .triton_backward import PairPrinter, emit_keys, emit_queries, grad_texts, rendered
 from .triton_backward_arguments import KEYS, LOOP, QUERIES, BackwardArguments, backward_arguments, kernel_name
 from .triton_common import Config, Line, comment, kernel_context, lines, mask_text
@@ -109,19 +109,14 @@ def sum_text(name: str, value: str, stores: list[tuple[str, str]], comment: str,
     return SumText(name, start, taken(value), taken(f"tl.where(seen, {value}, {identity})"), stores, comment)
 
 
-def _needed(values: Iterable[Value], roots: Iterable[Expr]) -> tuple[Value, ...]:
-    found = set(postorder(*roots))
-    return tuple(v for v in values if v.expr in found)
-
-
 def tile_text(
     printer: PullPrinter, section: Section, roots: tuple[Expr, ...], mask: Expr | None, first: tuple[Expr, ...] = ()
 ) -> TileText:
     printer.used.clear()
     first = (*first, *(() if mask is None else (mask,)))
-    row, col = (lines(printer, _needed(part, (*roots, *first))) for part in (section.row, section.col))
-    early = _needed(section.pair, first)
-    pair = (v for v in _needed(section.pair, roots) if v not in early)
+    row, col = (lines(printer, needed(part, (*roots, *first))) for part in (section.row, section.col))
+    early = needed(section.pair, first)
+    pair = (v for v in needed(section.pair, roots) if v not in early)
     before, after = lines(printer, early), lines(printer, pair)
     for root in roots:
         printer.text(root, Level.PAIR)
@@ -141,7 +136,7 @@ def _sweeps(printer: PullPrinter, plan: KernelPlan, all_roots: tuple[Expr, ...])
         roots = tuple(e for _, e in sweep.sums)
         full, partial = tile_text(printer, sweep.full, roots, None), tile_text(printer, sweep.partial, roots, plan.mask)
         sums = [(f"{name.name}_", printer.tile(e)) for name, e in sweep.sums]
-        found.append(PassText(full, partial, reads_of(roots), sums, lines(printer, _needed(sweep.after, all_roots))))
+        found.append(PassText(full, partial, reads_of(roots), sums, lines(printer, needed(sweep.after, all_roots))))
     return found
 
 
@@ -169,7 +164,7 @@ def _context(plan: KernelPlan, config: Config, kernel: str, interpreted: bool) -
         "kernel_name": kernel_name(kernel),
         "title": comment(f"Attention backward over {kernel} for the program {plan.program.name}"),
         "distance": any(part.distance for part in (*tiles, features, slopes) if part is not None),
-        "row_values": lines(printer, _needed(plan.row, (*every, *(v.expr for v in plan.features)))),
+        "row_values": lines(printer, needed(plan.row, (*every, *(v.expr for v in plan.features)))),
         "features": features,
         "slopes": slopes,
         "loop_distance": any(part.distance for part in (features, slopes) if part is not None),

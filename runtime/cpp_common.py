@@ -227,6 +227,9 @@ _schedules: dict[int, Schedule] = {}
 PARTIAL_COST = 1.25
 """Time of a PARTIAL tile in FULL tiles, for the order of work."""
 
+LARGE_BLOCK = 1 / 32
+"""The part of a head's work from which on a query block counts as large."""
+
 
 def schedule_of(call: Call, isa: Isa, plan: KernelPlan | None = None) -> Schedule | None:
     """Return the run map of ``call`` as kernels want it, None for a kernel of ``plan`` that needs none."""
@@ -241,13 +244,24 @@ def schedule_of(call: Call, isa: Isa, plan: KernelPlan | None = None) -> Schedul
     full, part = _weights(arrays[0], arrays[1]), _weights(arrays[2], arrays[3])
     blocks = -(-call.q.shape[2] // isa.rows)
     cost = (full + PARTIAL_COST * part).reshape(-1, blocks)
-    order = np.ascontiguousarray(np.argsort(-cost, axis=1, kind="stable").astype(np.int32))
+    order = _order(cost)
     work = float(cost.sum()) * isa.rows * isa.tile
     made = Schedule(arrays[0], arrays[1], arrays[2], arrays[3], order, runs.batch, runs.heads, work, runs)
     if len(_schedules) >= 64:
         _schedules.clear()
     _schedules[id(runs)] = made
     return made
+
+
+def _order(cost: np.ndarray) -> np.ndarray:
+    """The order in which the query blocks of each line are worked on.
+
+    Neighbours share keys, which are still near the processor when they follow each other. Only where single blocks are a
+    large part of the work do the dearest ones come first, so that no thread starts one last.
+    """
+    if cost.size and cost.max() <= LARGE_BLOCK * cost.sum(axis=1).min():
+        return np.ascontiguousarray(np.broadcast_to(np.arange(cost.shape[1], dtype=np.int32)[::-1], cost.shape))
+    return np.ascontiguousarray(np.argsort(-cost, axis=1, kind="stable").astype(np.int32))
 
 
 def _int32(values: Any) -> np.ndarray:
