@@ -256,8 +256,8 @@ def schedule_of(call: Call, isa: Isa, plan: KernelPlan | None = None) -> Schedul
 def _order(cost: np.ndarray) -> np.ndarray:
     """The order in which the query blocks of each line are worked on.
 
-    Neighbours share keys, which are still near the processor when they follow each other. Only where single blocks are a
-    large part of the work do the dearest ones come first, so that no thread starts one last.
+    Neighbours share keys, which are still near the processor when they follow each other. Only where single blocks are
+    a large part of the work do the dearest ones come first, so that no thread starts one last.
     """
     if cost.size and cost.max() <= LARGE_BLOCK * cost.sum(axis=1).min():
         return np.ascontiguousarray(np.broadcast_to(np.arange(cost.shape[1], dtype=np.int32)[::-1], cost.shape))
