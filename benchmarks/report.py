@@ -1,7 +1,8 @@
-"""Rewrites the tables of README.md and of docs/sparsity.md from benchmarks/results/*.json, between their
-``<!-- results -->`` marks.
+"""Rewrites the tables of README.md, docs/measurements.md and docs/sparsity.md from benchmarks/results/*.json, between
+their ``<!-- results -->`` marks.
 
-A benchmark without an entry in ``TABLES`` is shown in README.md as it is, one column a field.
+README.md shows few of them. A benchmark without an entry in ``TABLES`` is shown in docs/measurements.md as it is, one
+column a field.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -114,32 +115,45 @@ def _share(count: int, row: dict[str, Any]) -> str:
     return f"{count / max(1, row['empty'] + row['partial'] + row['full']):.2%}"
 
 
-def training(rows: Rows) -> list[str]:
-    """Training steps beside a peer, and what gradients of captured tensors add to the backward pass."""
-    steps = [
+def steps(rows: Rows) -> list[str]:
+    """Training steps beside a peer."""
+    cells = [
         [r["case"], f"{r['attnlang_ms']:.0f}", f"{r['peer']}: {r['peer_ms']:.0f} ({r['ratio']:.1f}x)"]
         for r in rows
         if r["table"] == "peers"
     ]
+    return table(["forward and backward, ms", "`attnlang`", "peer"], cells)
+
+
+def longest_steps(rows: Rows) -> list[str]:
+    """The last case of each mask: the longest sequences with the narrowest heads."""
+    narrow = {}
+    for r in rows:
+        if r["table"] == "peers" and r["case"].endswith("D = 64"):
+            narrow[r["case"].partition(",")[0]] = r
+    return steps(list(narrow.values()))
+
+
+def training(rows: Rows) -> list[str]:
+    """Training steps beside a peer, and what gradients of captured tensors add to the backward pass."""
     added = [
         [r["case"], f"{r['without_ms']:.0f}", f"{r['with_ms']:.0f} (+{max(0.0, r['added_percent']):.0f} %)"]
         for r in rows
         if r["table"] == "captured"
     ]
-    head = table(["forward and backward, ms", "`attnlang`", "peer"], steps)
     needed = [
         [r["case"].removeprefix("N = "), f"{r['peak_mib']:.0f}", f"{r['one_set_mib']:.0f}"]
         for r in rows
         if r["table"] == "memory"
     ]
-    parts = [head, table(["backward, ms", "without its gradient", "with it"], added)]
+    parts = [steps(rows), table(["backward, ms", "without its gradient", "with it"], added)]
     parts.append(table(["tokens, H = 1, D = 64", "peak of a step, MiB", "q, k, v and o alone, MiB"], needed))
     return [line for part in parts for line in (*part, "")][:-1]
 
 
-def mechanisms(rows: Rows) -> list[str]:
-    """Whole mechanisms beside what they replace, and memory as the length grows."""
-    times = [
+def compositions(rows: Rows) -> list[str]:
+    """Whole mechanisms beside what they replace."""
+    cells = [
         [
             f"{r['case']}, N = {r['length']:,}",
             f"{r['attnlang_ms']:.1f}",
@@ -148,6 +162,11 @@ def mechanisms(rows: Rows) -> list[str]:
         for r in rows
         if r["table"] == "time"
     ]
+    return table(["forward, ms", "`attnlang`", "composition"], cells)
+
+
+def mechanisms(rows: Rows) -> list[str]:
+    """Whole mechanisms beside what they replace, and memory as the length grows."""
     grown = [r for r in rows if r["table"] == "memory"]
     lengths = list(dict.fromkeys(r["length"] for r in grown))
     cells = []
@@ -159,10 +178,10 @@ def mechanisms(rows: Rows) -> list[str]:
                 *(f"{found[n]['growth_mb']:.0f}" if n in found else "-" for n in lengths),
             ]
         )
-    head = table(["forward, ms", "`attnlang`", "composition"], times)
-    return (
-        [*head, "", *table(["memory added by a call, MB", *(f"N = {n:,}" for n in lengths)], cells)] if cells else head
-    )
+    times = compositions(rows)
+    if not cells:
+        return times
+    return [*times, "", *table(["memory added by a call, MB", *(f"N = {n:,}" for n in lengths)], cells)]
 
 
 def memory(rows: Rows) -> list[str]:
@@ -197,12 +216,12 @@ def layouts(rows: Rows) -> list[str]:
 def resources(rows: Rows) -> list[str]:
     """What the GPU kernels of the library need, at most, for each target and head dimension.
 
-    Every line is out of the kernels of all programs of the library, so a line that is not complete shows it.
+    Every line is out of the kernels of all programs of a mask and a score, so a line that is not complete shows it.
     """
     from attnlang import library
 
     lines = []
-    kernels = len(library.names()) * len({r.get("kernel") for r in rows if "error" not in r})
+    kernels = len(library.names(standard=True)) * len({r.get("kernel") for r in rows if "error" not in r})
     places = {(r["target"], r["head_dim"]) for r in rows}
     for target, dim in sorted(places, key=lambda place: (place[0].partition(":")[0], len(place[0]), place)):
         built = [r for r in rows if (r["target"], r["head_dim"]) == (target, dim) and "error" not in r]
@@ -234,21 +253,43 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
 }
 
 
-DETAILS: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+HEADLINES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+    "cpu_forward": TABLES["cpu_forward"],
+    "cpu_backward": ("Training steps on the CPU, H = 8 (flex_attention refuses to train there)", longest_steps),
+    "mechanisms": ("Whole mechanisms on the CPU, float32, D = 64", compositions),
+    "gpu": TABLES["gpu"],
+    "first_call": TABLES["first_call"],
+}
+
+MAPS: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "sparsity": ("The maps of all library programs in tiles of 128", library_maps),
 }
-"""Tables of docs/sparsity.md, too long for README.md."""
 
 
-def section(path: Path, tables: dict[str, tuple[str, Callable[[Rows], list[str]]]]) -> list[str]:
+class Page(NamedTuple):
+    """A page with tables between marks; ``others`` says that benchmarks without a table of their own are shown too."""
+
+    path: str
+    tables: dict[str, tuple[str, Callable[[Rows], list[str]]]]
+    others: bool = False
+
+
+PAGES = (
+    Page("README.md", HEADLINES),
+    Page("docs/measurements.md", TABLES, others=True),
+    Page("docs/sparsity.md", MAPS),
+)
+
+
+def section(path: Path, page: Page) -> list[str]:
     """The lines of one results file, none if there is nothing to show."""
     content = json.loads(path.read_text(encoding="utf-8"))
     rows, where = (content, "") if isinstance(content, list) else (content.get("rows") or [], content.get("machine"))
-    if not rows or (path.stem not in tables and (tables is DETAILS or len(rows) > LONGEST)):
+    if not rows or (path.stem not in page.tables and not (page.others and len(rows) <= LONGEST)):
         return []
     if isinstance(where, dict):
         where = ", ".join(f"{name} {value}" for name, value in where.items())
-    title, render = tables.get(path.stem, (path.stem.replace("_", " "), plain))
+    title, render = page.tables.get(path.stem, (path.stem.replace("_", " "), plain))
     place = f" on: {where}" if where else ""
     command = content.get("command") if isinstance(content, dict) else None
     return [
@@ -261,25 +302,26 @@ def section(path: Path, tables: dict[str, tuple[str, Callable[[Rows], list[str]]
     ]
 
 
-def rewrite(page: Path, tables: dict[str, tuple[str, Callable[[Rows], list[str]]]]) -> bool:
+def rewrite(page: Page) -> bool:
     """Put the tables between the marks of a page; False where it has none."""
-    text = page.read_text(encoding="utf-8")
+    file = ROOT / page.path
+    text = file.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
-        print(f"{page.name} has no marked section for results", file=sys.stderr)
+        print(f"{file.name} has no marked section for results", file=sys.stderr)
         return False
-    order = {name: i for i, name in enumerate(tables)}
+    order = {name: i for i, name in enumerate(page.tables)}
     paths = sorted(RESULTS.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
-    sections = [lines for path in paths if (lines := section(path, tables))]
+    sections = [lines for path in paths if (lines := section(path, page))]
     lines = [line for lines in sections for line in lines] or ["No results yet: `make bench` measures.", ""]
     head, rest = text.split(BEGIN, 1)
     _, tail = rest.split(END, 1)
-    page.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{tail}", encoding="utf-8")
-    print(f"wrote the results of {len(sections)} benchmark(s) into {page.name}")
+    file.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{tail}", encoding="utf-8")
+    print(f"wrote the results of {len(sections)} benchmark(s) into {file.name}")
     return True
 
 
 def main() -> int:
-    done = [rewrite(ROOT / "README.md", TABLES), rewrite(ROOT / "docs" / "sparsity.md", DETAILS)]
+    done = [rewrite(page) for page in PAGES]
     return 0 if all(done) else 1
 
 

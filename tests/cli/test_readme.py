@@ -78,7 +78,8 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/sparsity.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for page in ("docs/sparsity.md", "docs/measurements.md"):
+        (tmp_path / page).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     common = {"case": "causal", "dtype": "float32", "error": 0.0, "note": ""}
     rows = [
         {**common, "implementation": "attnlang", "ms": 10.0, "gflops": 300.0, "ratio": 1.0},
@@ -89,7 +90,14 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "results/other.json").write_text(json.dumps({"machine": "m", "rows": [{"length": 4, "peak": 1.5}]}))
     long = {"length": 4096, "seconds": 0.5, "peak_mb": 200.4, "tensors_mb": 4.0}
     (tmp_path / "results/memory.json").write_text(json.dumps({"machine": "m", "rows": [long]}))
-    step = {"table": "peers", "case": "causal", "attnlang_ms": 10.0, "peer": "SDPA", "peer_ms": 12.0, "ratio": 1.2}
+    step = {
+        "table": "peers",
+        "case": "causal, N = 4096, D = 64",
+        "attnlang_ms": 10.0,
+        "peer": "SDPA",
+        "peer_ms": 12.0,
+        "ratio": 1.2,
+    }
     table = {"table": "captured", "case": "slopes", "without_ms": 10.0, "with_ms": 11.0, "added_percent": 10.0}
     (tmp_path / "results/cpu_backward.json").write_text(json.dumps({"machine": "m", "rows": [step, table]}))
     kernel = {"program": "causal", "target": "cuda:90", "head_dim": 64, "shared_bytes": 1024}
@@ -126,12 +134,15 @@ def test_report_writes_the_measured_section(tmp_path: Path, monkeypatch: pytest.
     }
     (tmp_path / "results/sparsity_precision.json").write_text(json.dumps({"machine": {}, "rows": [proved]}))
     assert report.main() == 0
-    text = (tmp_path / "README.md").read_text()
-    programs = len(al.library.names())
+    short = (tmp_path / "README.md").read_text()
+    assert "| causal, float32 | 10.0 (300 GFLOP/s) | 25.0 (2.5x) | cannot express it |" in short
+    assert "| causal, N = 4096, D = 64 | 10 | SDPA: 12 (1.2x) |" in short and "slopes" not in short
+    text = (tmp_path / "docs/measurements.md").read_text()
+    programs = len(al.library.names(standard=True))
     assert "| causal, float32 | 10.0 (300 GFLOP/s) | 25.0 (2.5x) | cannot express it |" in text
     assert "| 4 | 1.5 |" in text
     assert "| 4,096 | 0.50 | 200 | 4 |" in text
-    assert "| causal | 10 | SDPA: 12 (1.2x) |" in text and "| slopes | 10 | 11 (+10 %) |" in text
+    assert "| causal, N = 4096, D = 64 | 10 | SDPA: 12 (1.2x) |" in text and "| slopes | 10 | 11 (+10 %) |" in text
     assert f"| cuda:90, D = 64 | 2 of {programs} | 255 | 1 | 8 | 1024 |" in text
     assert f"| cuda:80, D = 64 | 0 of {programs} | 0 | 0 | 0 | 0 |" in text
     assert "| causal | 2.5 | 1.0 | 3.2 | 1.0 | 16,384 |" in text and "axial" not in text
