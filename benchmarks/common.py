@@ -1,8 +1,8 @@
 """What the benchmarks share: describing the machine, comparing with PyTorch in one run, and keeping results.
 
 Run a benchmark as a script from anywhere: ``python benchmarks/NAME.py``. Results go to
-``benchmarks/results/NAME.json``; ``python benchmarks/report.py`` writes the tables of README and docs from them, so no number
-there is typed by hand.
+``benchmarks/results/NAME.json``; ``python benchmarks/report.py`` writes the tables of README and docs from them, so no
+number there is typed by hand.
 """
 
 from __future__ import annotations
