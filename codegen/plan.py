@@ -33,11 +33,11 @@ from attnlang.ir.build import s as RAW_SCORE
 from attnlang.passes.bodies import Body, body_of, per_feature
 from attnlang.passes.columns import column_values
 from attnlang.passes.derivatives import derivatives
-from attnlang.passes.intervals import value_range
 from attnlang.passes.levels import Level, levels
 from attnlang.passes.pullback import Pullback, Sweep, pullback, saving
 from attnlang.passes.simplify import map_program, simplify
 from attnlang.passes.streaming import Accumulator, Streaming, streaming
+from attnlang.passes.value_ranges import value_range
 from attnlang.passes.widths import Width, assumptions, widths
 
 from .features import body_roots, feature_grads, statements

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from attnlang.ir import INT, Expr, Input, Op, Program, format_expr, rewrite
-from attnlang.passes.intervals import value_range
+from attnlang.passes.value_ranges import value_range
 from attnlang.passes.widths import NARROW_LIMIT
 from attnlang.sparsity.closed_form import (
     K_FIRST,

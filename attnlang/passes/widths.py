@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from attnlang.ir import BOOL, FLOAT, Const, Expr, Index, Load, Param, Size, postorder
 
-from .intervals import value_ranges
+from .value_ranges import value_ranges
 
 __all__ = ["INT_RANGES", "NARROW_LIMIT", "Width", "assumptions", "widths"]
 

@@ -34,8 +34,8 @@ from attnlang.ir import (
     substitute,
 )
 from attnlang.ir.build import Like, const, op
-from attnlang.passes.intervals import value_range, value_ranges
 from attnlang.passes.simplify import simplify
+from attnlang.passes.value_ranges import value_range, value_ranges
 from attnlang.passes.widths import INT_RANGES
 
 from .analyse import check_sizes

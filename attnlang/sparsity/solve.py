@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from attnlang.ir import BOOL, INT, Const, Expr, Index, Input, Load, Op, Size, postorder
 from attnlang.ir.build import FALSE, TRUE, clamp, const, op
-from attnlang.passes.intervals import value_range
+from attnlang.passes.value_ranges import value_range
 
 __all__ = ["FIRST", "LAST", "LK", "Keys", "NoClosedForm", "Solver", "direction", "reads", "widths"]
 

@@ -10,7 +10,8 @@ import torch
 
 from attnlang.ir import BOOL, INT, OPS, Index, Load, Param, Size
 from attnlang.ir.build import cast, clamp, op, q
-from attnlang.passes.intervals import COMPARISONS, INF, RULES, TOP, Array, Interval, Python, Truth, value_range
+from attnlang.passes.intervals import COMPARISONS, INF, RULES, TOP, Array, Interval, Python, Truth
+from attnlang.passes.value_ranges import value_range
 
 EDGES = (-9, -4, -3, -1, 0, 1, 2, 5, 8)
 INTERVALS = [Interval(a, b) for a, b in itertools.combinations_with_replacement(EDGES, 2)]
