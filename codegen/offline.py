@@ -23,7 +23,7 @@ from .plan import KernelPlan
 from .triton import KERNEL_NAME
 from .triton_common import Config, padded
 from .triton_stream import emit_forward, forward_arguments
-from .triton_tiles import candidates, settle, shared_limit
+from .triton_tiles import candidates, is_compiler_failure, settle, shared_limit
 
 __all__ = ["Compiler", "CompilerFailed", "Job", "Resources", "compile_plan", "first_that_fits", "signature"]
 
@@ -192,17 +192,27 @@ def first_that_fits(
     """Compile tiles in order of preference and return what the one needs that a launch on such a chip settles on.
 
     Raises:
-        CompilerFailed: a tile does not compile, or none fits the shared memory of the target.
+        CompilerFailed: a tile is refused, or none compiles and fits the shared memory of the target.
     """
     made: dict[Config, Resources] = {}
+    failed: CompilerFailed | None = None
 
     def spills(config: Config) -> int | None:
-        made[config] = compiler.build(job(config), target)
+        nonlocal failed
+        try:
+            made[config] = compiler.build(job(config), target)
+        except CompilerFailed as error:
+            if not is_compiler_failure(str(error)):
+                raise
+            failed = error
+            return None
         # a launch sees the local memory of a kernel, not what is in it
         return made[config].stack_bytes if made[config].shared_bytes <= shared_limit(target) else None
 
     config = settle(configs, spills)
     if config is None:
+        if failed is not None:
+            raise failed
         raise CompilerFailed(f"no tile of {title} fits the shared memory of {target}")
     return made[config]
 
@@ -219,7 +229,7 @@ def compile_plan(
     Targets: ``cuda:80``, ``cuda:90``, ``cuda:100``, ``hip:gfx942``.
 
     Raises:
-        CompilerFailed: a tile does not compile, or none fits the shared memory of the target.
+        CompilerFailed: a tile is refused, or none compiles and fits the shared memory of the target.
     """
     if compiler is None:
         with Compiler() as compiler:

@@ -15,7 +15,7 @@ from attnlang.passes.levels import Level
 from .plan import KernelPlan
 from .triton_common import Config, padded
 
-__all__ = ["INTERPRETED", "candidates", "settle", "shared_bytes", "shared_limit"]
+__all__ = ["INTERPRETED", "candidates", "is_compiler_failure", "settle", "shared_bytes", "shared_limit"]
 
 INTERPRETED = "interpret"
 """Target name of Triton's interpreter: small tiles, so that tests meet several of them."""
@@ -144,10 +144,19 @@ def candidates(plan: KernelPlan, target: str, *, descriptors: bool = False) -> t
     return fitting or configs[-1:]
 
 
+COMPILER_FAILURES = ("PassManager::run failed", "failed to translate module")
+"""What a RuntimeError of Triton says where its compiler fails on a valid kernel, as some versions do at some tiles."""
+
+
+def is_compiler_failure(message: str) -> bool:
+    """Whether an error says that Triton's compiler failed on a kernel at one tile, which another tile may avoid."""
+    return any(words in message for words in COMPILER_FAILURES)
+
+
 def settle(configs: tuple[Config, ...], spills: Callable[[Config], int | None]) -> Config | None:
     """Return the first tile without spilled registers, or the one with the fewest; None where nothing fits.
 
-    ``spills`` compiles a tile and returns how much it spills, None if it does not fit the device.
+    ``spills`` compiles a tile and returns how much it spills, None if it does not fit the device or does not compile.
     """
     best: tuple[int, Config] | None = None
     for config in configs:

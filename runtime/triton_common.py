@@ -22,7 +22,7 @@ import torch
 
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.codegen.triton_common import Config, padded, sizes_given
-from attnlang.codegen.triton_tiles import INTERPRETED, settle
+from attnlang.codegen.triton_tiles import INTERPRETED, is_compiler_failure, settle
 from attnlang.ir import INT, Program
 from attnlang.passes.widths import NARROW_LIMIT
 from attnlang.sparsity import RunMap
@@ -106,10 +106,10 @@ class Kernel:
     def run(self, arguments: Callable[[Config], tuple[Any, ...]]) -> None:
         """Launch with the arguments that belong to a tile; the first launch settles on one.
 
-        Tiles are tried in order of preference until one neither runs out of resources nor spills registers.
+        Tiles are tried in order of preference until one compiles, has the resources it needs and spills no registers.
 
         Raises:
-            Unavailable: every tile runs out of resources.
+            Unavailable: there is no such tile.
         """
         if self.refused:
             raise Unavailable(self.refused)
@@ -119,14 +119,19 @@ class Kernel:
             _launch(self._launcher(self.chosen), arguments(self.chosen))
 
     def _settle(self, arguments: Callable[[Config], tuple[Any, ...]]) -> None:
-        exhausted, last = _out_of_resources(), None
+        exhausted, last, why = _out_of_resources(), None, ""
 
         def spills(config: Config) -> int | None:
-            nonlocal last
+            nonlocal last, why
             last = None
             try:
                 amount = _launch(self._launcher(config), arguments(config))
             except exhausted:
+                return None
+            except RuntimeError as error:
+                if not is_compiler_failure(str(error)):
+                    raise
+                why = f"; Triton's compiler fails: {error}"
                 return None
             last = config
             return amount
@@ -134,7 +139,7 @@ class Kernel:
         chosen = settle(self.configs, spills)
         if chosen is None:
             dims = f"head dimensions {self.plan.head_dim} and {self.plan.value_dim} in {self.plan.dtype}"
-            self.refused = f"no tile of {self.plan.program.name} with {dims} fits {self.target}"
+            self.refused = f"no tile of {self.plan.program.name} with {dims} fits {self.target}{why}"
             raise Unavailable(self.refused)
         if last is not chosen:  # what ran last holds the results
             _launch(self._launcher(chosen), arguments(chosen))

@@ -23,10 +23,12 @@ TILES = (forward_pass.Config(64, 32, 4, 1), forward_pass.Config(32, 32, 4, 1), f
 
 
 class Chip:
-    """A made-up GPU: launches whose query tile is larger than ``limit`` run out of shared memory."""
+    """A made-up GPU: launches whose query tile is larger than ``limit`` run out of shared memory, and its compiler
+    fails on a query tile of ``fails``."""
 
     def __init__(self) -> None:
         self.limit = 0
+        self.fails = 0
         self.tried: list[int] = []
         self.configs: dict[Callable[..., object], int] = {}
 
@@ -45,6 +47,8 @@ def chip(monkeypatch) -> Chip:
         made.tried.append(made.configs[launcher])
         if made.configs[launcher] > made.limit:
             raise OutOfResources(1 << 20, 1 << 16, "shared memory")
+        if made.configs[launcher] == made.fails:
+            raise RuntimeError("failed to translate module to LLVM IR")
         return launch(launcher, arguments)
 
     monkeypatch.setattr(triton_common.Kernel, "_launcher", launcher)
@@ -89,13 +93,27 @@ def test_a_named_backend_says_that_no_tile_fits(chip):
         al.compile(CAUSAL, backend="triton")(*qkv(lq=20, lk=20))
 
 
+def test_a_tile_on_which_the_compiler_fails_is_left(chip):
+    chip.limit, chip.fails = 64, 64
+    operands = qkv(lq=40, lk=40)
+    close(al.compile(CAUSAL)(*operands), al.compile(CAUSAL, backend="eager")(*operands))
+    assert chip.tried == [64, 32]
+
+
+def test_where_the_compiler_fails_on_every_tile_the_error_says_so(chip):
+    chip.limit, chip.fails = 16, 16
+    with pytest.raises(Unavailable, match="Triton's compiler fails: failed to translate module"):
+        al.compile(CAUSAL, backend="triton")(*qkv(lq=20, lk=20))
+
+
 @pytest.mark.parametrize("forward_fits", [True, False])
 def test_gradients_where_no_tile_of_the_backward_pass_fits(chip, forward_fits):
     operands = [t.requires_grad_() for t in qkv(lq=40, lk=40)]
     wanted = torch.autograd.grad(al.compile(CAUSAL, backend="eager")(*operands).square().sum(), operands)
     chip.limit = 64 if forward_fits else 0
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if forward_fits else "ignore")  # the backward pass falls back without a word
+        # the backward pass falls back without a word
+        warnings.simplefilter("error" if forward_fits else "ignore", RuntimeWarning)
         out = al.compile(CAUSAL)(*operands)
         chip.limit = 0
         found = torch.autograd.grad(out.square().sum(), operands)
