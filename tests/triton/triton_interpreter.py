@@ -21,7 +21,7 @@ __all__ = ["hurried", "without_overflow_checks"]
 
 
 def _rewriter() -> Callable[[Any], Any]:
-    """Rewrite the functions of a generated file all at once: to find the text of one takes longer than to compile it."""
+    """Rewrite all functions of a generated file at once: to find the text of one takes longer than to compile it."""
     original = interpreter.FunctionRewriter.rewrite_ast
     known: dict[str, dict[str, Any]] = {}
 
