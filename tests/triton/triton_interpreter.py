@@ -60,7 +60,7 @@ def _once_patched() -> tuple[Callable[[Any], Any], Callable[[], None]]:
 
     def patch_lang(fn: Any) -> Any:
         known = fn.__globals__
-        seen = ("tl" in known, "core" in known)
+        seen = ("tl" in known, "core" in known)  # the names that modules have for what is patched
         if seen not in done:
             scopes.append(original(fn))
             done.add(seen)
@@ -68,7 +68,8 @@ def _once_patched() -> tuple[Callable[[Any], Any], Callable[[], None]]:
 
     def undo() -> None:
         while scopes:
-            scopes.pop().restore()
+            if (scope := scopes.pop()) is not None:  # older versions undo nothing
+                scope.restore()
 
     return patch_lang, undo
 
