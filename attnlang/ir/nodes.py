@@ -216,15 +216,22 @@ def postorder(*roots: Expr) -> Iterator[Expr]:
     """Yield every node reachable from ``roots`` once, arguments before users, in a deterministic order."""
     seen: set[Expr] = set()
     for root in roots:
-        stack: list[tuple[Expr, bool]] = [(root, False)]
+        stack: list[Expr | None] = [root]  # None says that the arguments of the node below are done
         while stack:
-            node, ready = stack.pop()
-            if ready:
-                yield node
+            node = stack.pop()
+            if node is None:
+                yield stack.pop()  # type: ignore[misc]
             elif node not in seen:
                 seen.add(node)
-                stack.append((node, True))
-                stack.extend((a, False) for a in reversed(node.args) if a not in seen)
+                args = node.args
+                if not args:
+                    yield node
+                    continue
+                stack.append(node)
+                stack.append(None)
+                for a in reversed(args):
+                    if a not in seen:
+                        stack.append(a)
 
 
 def index_axes(*roots: Expr) -> set[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
 from attnlang.ir import (
+    BOOL,
     DEFAULT_OUTPUTS,
     FLOAT,
     INT,
@@ -23,14 +25,20 @@ from attnlang.ir import (
     Normalizer,
     Operand,
     Output,
+    Param,
+    Pool,
     Program,
+    ScalarParam,
+    Select,
     Size,
+    Stage,
     Stat,
     TensorParam,
+    dropout,
     stat,
 )
-from attnlang.ir.build import TRUE, all_of, any_of, b, const, h, k, op, q, s
-from attnlang.ir.stages import QUERY, RAW, SOFTMAX, VALUE, WEIGHT
+from attnlang.ir.build import TRUE, all_of, any_of, b, cdiv, const, h, k, op, q, s
+from attnlang.ir.stages import BODY_LEFT, BODY_RIGHT, KEY, KEY_ADDRESS, QUERY, RAW, SOFTMAX, VALUE, WEIGHT
 
 T = TypeVar("T")
 OUT, LSE = DEFAULT_OUTPUTS
@@ -41,10 +49,14 @@ TENSORS = (
     TensorParam("table", FLOAT, (const(9),)),
     TensorParam("rel", FLOAT, (const(9), Size("D"))),
     TensorParam("doc", INT, (Size("B"), Size("Lk"))),
+    TensorParam("heat", FLOAT, ()),
+    TensorParam("feature", FLOAT, (Size("D"),)),
+    TensorParam("by_key", FLOAT, (const(6), Size("D"))),
+    TensorParam("page", INT, (Size("B"), const(5))),
 )
+SCALARS = (ScalarParam("reach", INT, 6), ScalarParam("strength", FLOAT, 0.4))
 HEAD, ROW, COL = Load("head", (h,), FLOAT), Load("row", (q,), FLOAT), Load("col", (b, k), FLOAT)
 OFFSET = op("min", op("max", op("add", op("sub", k, q), 4), 0), 8)
-BLOCK = (op("floordiv", q, 4), op("floordiv", k, 8))
 TABLE = Load("table", (OFFSET,), FLOAT)
 
 
@@ -75,6 +87,7 @@ def _mask(draw: Choice) -> Expr:
         op("eq", Load("doc", (b, op("min", q, op("sub", Size("Lk"), 1))), INT), Load("doc", (b, k), INT)),
         op("gt", op("add", q, h), 2),
         op("gt", COL, -0.5),
+        op("le", op("sub", k, q), Param("reach", INT)),
     ]
     chosen = draw.some(parts, 3)
     return all_of(*chosen) if draw.chance(0.6) else any_of(*chosen) if chosen else TRUE
@@ -83,7 +96,7 @@ def _mask(draw: Choice) -> Expr:
 def _score(draw: Choice, two: bool) -> Expr:
     t: Expr = Input("t", FLOAT)
     score: Expr = s
-    for change in draw.some(("bias", "scale", "cap", "abs", "table", "col", "term"), 3):
+    for change in draw.some(("bias", "scale", "cap", "abs", "table", "col", "heat", "term"), 3):
         if change == "bias":
             score = op("add", score, op("mul", HEAD, op("sub", k, q)))
         elif change == "scale":
@@ -96,6 +109,8 @@ def _score(draw: Choice, two: bool) -> Expr:
             score = op("add", score, TABLE)
         elif change == "col":
             score = op("sub", score, COL)
+        elif change == "heat":
+            score = op("mul", score, op("add", Load("heat", (), FLOAT), Param("strength", FLOAT)))
         elif two:
             score = op("add", score, op("mul", t, 0.3))
     return score
@@ -131,6 +146,13 @@ def _moments(draw: Choice) -> Normalizer:
     variance = op("sub", op("div", stat("c"), stat("n")), op("mul", mean, mean))
     scaled = op("div", op("sub", s, mean), op("sqrt", op("add", op("max", variance, 0.0), 0.1)))
     return Normalizer("moments", stats, op("add", scaled, draw.number()))
+
+
+def _spread(draw: Choice) -> Normalizer:
+    """Scores between the least and the largest of their row; gradients pass through both."""
+    least = Stat("least_score", "min", s, draw.one((None, ROW)))
+    stats = (least, Stat("reach_up", "max", op("sub", s, stat("least_score"))))
+    return Normalizer("spread", stats, op("div", op("sub", s, stat("least_score")), op("add", stat("reach_up"), 1.0)))
 
 
 def _sparse(draw: Choice) -> Normalizer:
@@ -174,6 +196,7 @@ def _weight(draw: Choice) -> Expr | None:
         op("mul", WEIGHT, op("exp", op("mul", -0.1, op("abs", op("sub", q, k))))),
         op("mul", WEIGHT, WEIGHT),
         op("add", op("mul", 0.5, WEIGHT), op("where", op("eq", q, k), 0.5, 0.0)),
+        dropout(WEIGHT, 0.3, 5),
     ]
     return draw.one(gate)
 
@@ -186,6 +209,7 @@ def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, .
         Output("energy", op("mul", WEIGHT, s)),
         Output("largest", WEIGHT, monoid="max", empty=-2.0),
         Output("least", s, monoid="min"),
+        Output("best", WEIGHT, monoid="argmax"),
         Output("mass", WEIGHT, key=(op("mod", k, 4),), extents=(const(3),)),
         Output(
             "blocks", WEIGHT, over="qk", key=(op("floordiv", q, 4), op("floordiv", k, 8)), extents=(const(4), const(2))
@@ -208,7 +232,7 @@ def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, .
         extra.append(Output("statistic", op("mul", stat(draw.one(row_stats).name), 0.5), over="", empty=3.0))
     if two:
         extra.append(Output("offsets", WEIGHT, Operand("rel", (OFFSET,))))
-    found += draw.some(extra, 3)
+    found += draw.some(extra, draw.one((0, 1, 3)))
     return tuple(found) or (OUT,)
 
 
@@ -217,10 +241,76 @@ MAKERS: tuple[Callable[[Choice], Normalizer], ...] = (
     _sink,
     _elementwise,
     _moments,
+    _spread,
     _sparse,
     _grouped,
     _within,
 )
+
+
+def _term(draw: Choice) -> Dot:
+    """A second term: a table by distance, one by key, or a sum over features that is no product."""
+    rows = draw.one((OFFSET, OFFSET, None))
+    if rows is not None:
+        return Dot("t", QUERY, Operand("rel", (rows,)))
+    return Dot("t", QUERY, Operand("by_key", (op("mod", k, 6),)))
+
+
+def _body(draw: Choice) -> Expr:
+    """What a first term that is no dot product sums over the features."""
+    apart = op("sub", BODY_LEFT, BODY_RIGHT)
+    both = op("mul", Load("feature", (Index("d"),), FLOAT), op("tanh", op("add", BODY_LEFT, BODY_RIGHT)))
+    return draw.one((both, both, op("neg", op("abs", apart)), op("mul", -0.5, op("mul", apart, apart))))
+
+
+def _address(draw: Choice) -> tuple[Expr, ...]:
+    """Where rows of keys or values live: another order, a page, one head or batch element for all."""
+    batch, head, row = KEY_ADDRESS
+    page = op("add", op("mul", Load("page", (b, op("floordiv", k, 4)), INT), 4), op("mod", k, 4))
+    return draw.one(
+        (
+            (batch, head, op("sub", op("sub", Size("Lk"), 1), k)),
+            (batch, head, page),
+            (const(0), head, row),
+            (batch, const(0), row),
+        )
+    )
+
+
+def _placed(draw: Choice, stage: Attend) -> Attend:
+    """``stage`` with keys, and often values, at addresses of their own."""
+    first, address = stage.terms[0], _address(draw)
+    theirs = draw.one((address, address, _address(draw), KEY_ADDRESS))
+    outputs = [replace(o, rows=Operand("v", theirs)) if o.rows == VALUE else o for o in stage.outputs]
+    terms = (replace(first, right=Operand("k", address)), *stage.terms[1:])
+    return replace(stage, terms=terms, outputs=tuple(outputs))
+
+
+def _positions(draw: Choice) -> tuple[tuple[str, Expr], ...]:
+    start, every = ("q", op("add", q, draw.random.randint(1, 4))), ("k", op("add", op("mul", k, 2), 1))
+    return draw.one(((start,), (every,), (start, every)))
+
+
+def _turned() -> Map:
+    """Queries made of those of the call, point by point."""
+    d = Index("d")
+    other = Load("q", (b, h, q, op("sub", op("sub", Size("D"), 1), d)), FLOAT)
+    own = Load("q", (b, h, q, d), FLOAT)
+    extents = (Size("B"), Size("H"), Size("Lq"), Size("D"))
+    return Map("turned", extents, op("add", own, op("mul", op("sigmoid", ROW), other)))
+
+
+def _chosen(draw: Choice) -> tuple[tuple[Pool, Attend, Select], Expr]:
+    """Stages that choose blocks of keys for every query, and the mask that sees those."""
+    blocks = cdiv(Size("Lk"), const(4))
+    pool = Pool("pooled", "k", const(4), draw.one(("mean", "max", "first")))
+    liking = Output("liking", s, over="")
+    gate = Attend("gate", (Dot("s", QUERY, Operand("pooled", KEY_ADDRESS)),), (Branch(),), (liking,))
+    gate = replace(gate, lengths=(Size("Lq"), blocks))
+    extents = (Size("B"), Size("H"), Size("Lq"), blocks)
+    forced = op("eq", op("floordiv", q, 4), k)
+    select = Select("chosen", extents, Load("liking", (b, h, q, k), FLOAT), forced=forced, top=const(2))
+    return (pool, gate, select), Load("chosen", (b, h, q, op("floordiv", k, 4)), BOOL)
 
 
 def random_program(seed: int) -> Program:
@@ -237,30 +327,46 @@ def random_program(seed: int) -> Program:
         group,
         None if group is None else const(3),
     )
-    terms = (Dot(), Dot("t", QUERY, Operand("rel", (OFFSET,)))) if two else (Dot(),)
     outputs = _outputs(draw, normalizer, two)
     branches: tuple[Branch, ...] = (branch,)
     if draw.chance(0.2):
         branches = (branch, Branch(_mask(draw), op("mul", s, 0.5)))
         outputs = (*outputs, Output("other", WEIGHT, VALUE, branch=1))
-    stages: tuple[Attend | Map, ...] = (Attend(terms=terms, branches=branches, outputs=outputs),)
+    first = Dot("s", QUERY, KEY, _body(draw)) if draw.chance(0.12) else Dot()
+    stage = Attend(terms=(first, _term(draw)) if two else (first,), branches=branches, outputs=outputs)
+    before: tuple[Stage, ...] = ()
+    if draw.chance(0.1):
+        stage = replace(stage, position=_positions(draw))
+    elif draw.chance(0.08):
+        before, seen = _chosen(draw)
+        masked = [replace(branch, mask=all_of(branch.mask, seen)) for branch in stage.branches]
+        stage = replace(stage, branches=tuple(masked))
+    if draw.chance(0.1):
+        stage = _placed(draw, stage)
+    if draw.chance(0.08):
+        before = (_turned(), *before)
+        turned = [replace(x, left=Operand("turned", x.left.index)) for x in stage.terms]
+        stage = replace(stage, terms=tuple(turned))
+    stages: tuple[Stage, ...] = (*before, stage)
     returns = tuple(out.name for out in outputs)
     if "o" in returns and draw.chance(0.3):
         at = (b, h, q, Index("d"))
         gated = op("mul", Load("o", at, FLOAT), op("sigmoid", op("add", HEAD, ROW)))
-        stages += (Map("gated", (Size("B"), Size("H"), Size("Lq"), const(3)), gated),)
+        stages += (Map("gated", (Size("B"), Size("H"), Size("Lq"), Size("Dv")), gated),)
         returns = ("gated", *returns)
-    return Program(f"random_{seed}", stages, tensors=TENSORS, returns=returns)
+    return Program(f"random_{seed}", stages, SCALARS, TENSORS, returns=returns)
 
 
 def arguments(seed: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Operands and captured tensors for :func:`random_program`; values of dv are 3 wide."""
+    """Operands and captured tensors for :func:`random_program`; values are 4 wide as keys are, or 3."""
     generator = torch.Generator().manual_seed(seed)
     draw = random.Random(seed)
-    batch, kv, lq, lk = draw.choice((1, 2)), draw.choice((1, 2)), draw.randint(1, 14), draw.randint(1, 17)
-    shapes = ((batch, 2, lq, 4), (batch, kv, lk, 4), (batch, kv, lk, 3))
+    batch, kv, lq, lk = draw.choice((1, 1, 1, 2)), draw.choice((1, 2)), draw.randint(1, 14), draw.randint(1, 17)
+    shapes = ((batch, 2, lq, 4), (batch, kv, lk, 4), (batch, kv, lk, draw.choice((4, 4, 3))))
     operands = [torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in shapes]
-    sizes = {"head": (2,), "row": (lq,), "col": (batch, lk), "table": (9,), "rel": (9, 4)}
+    sizes = {"head": (2,), "row": (lq,), "col": (batch, lk), "table": (9,), "rel": (9, 4), "heat": (), "feature": (4,)}
+    sizes["by_key"] = (6, 4)
     captured = {n: torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for n, x in sizes.items()}
     captured["doc"] = torch.randint(0, 3, (batch, lk), generator=generator)
+    captured["page"] = torch.randint(0, -(-lk // 4), (batch, 5), generator=generator)
     return operands, captured

@@ -28,6 +28,18 @@ if not INTERPRETED:
     collect_ignore_glob = ["test_interpret*.py"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _hurry() -> Iterator[None]:
+    """Interpreted kernels share what does not differ between them."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton_interpreter import hurried
+
+    with hurried():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _interpret(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.path.name.startswith("test_interpret"):
