@@ -143,8 +143,6 @@ def with_shared_rows(stage: Attend, env: Environment) -> tuple[Attend, dict[str,
     for term in more:
         rows, table = env.rows(term.left.source), env.rows(term.right.source)
         at = evaluate(term.right.index[-1], keys).expand(lk).clamp(0, max(table.shape[-2] - 1, 0))
-        if torch._C._functorch.is_functorch_wrapped_tensor(at):
-            return stage, {}  # how many rows are different cannot be asked under vmap
         chosen, which = at.unique(return_inverse=True)
         if rows.shape[2] != lq or 2 * len(chosen) > lk or rows.shape[:3].numel() * len(chosen) > LARGEST:
             return stage, {}

@@ -306,9 +306,8 @@ class _BranchValues:
             return self._combined(found, {**self.stats, found.name: t}) - 1.0
 
         def slope(t: Tensor) -> Tensor:
-            with torch.enable_grad():
-                t = t.detach().requires_grad_()
-                return torch.autograd.grad(excess(t).sum(), t)[0].detach()
+            with torch.no_grad():  # by a transform, since others may be at work
+                return torch.func.grad(lambda x: excess(x).sum())(t.detach()).detach()
 
         assert found.seed is not None
         some = self.seen
