@@ -44,7 +44,7 @@ from .call import Call
 from .compiled import DEVICES, has_gradient, has_kernel, kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
-from .lowering import lowered, recorded
+from .lowering import apart, lowered, recorded
 from .roots import has_roots, probe, without_roots
 from .runs import Runs, run_maps
 from .transforms import without_kernels
@@ -53,6 +53,10 @@ __all__ = ["run", "softmax_roles"]
 
 NARROW = 16
 """Keys in a tile of a stage that was taken apart: branches often share the keys out among them, at any number."""
+
+TILE = (128, 128)
+SPARSE = 90.0
+"""Per cent of pairs in empty tiles from which on the blockwise executor is the faster way to further score terms."""
 
 Tensor = torch.Tensor
 Attention: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -158,7 +162,14 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
             here = replace(here, tensors={**here.tensors, **roots})
         with_one, scaled = alone(stage)
         own = call if scaled else replace(call, scale=1.0)
-        found = lowered(with_one, here, own.scale)
+
+        def pays(alone: Attend) -> bool:
+            """Whether kernels run a stage of one term, and it sees enough of all pairs."""
+            if without_kernels((*here.operands.values(), *here.tensors.values())) or not all(map(served, apart(alone))):
+                return False
+            return backend is not None or _runs_of(own, with_one, here)[2](TILE).sparsity() < SPARSE
+
+        found = lowered(with_one, here, own.scale, pays)
         inner = replace(here, tensors={**here.tensors, **found.tensors})
         ways = [way(own, part, inner, NARROW if len(found.parts) > 1 else 0) for part in found.parts]
         if None in ways:
