@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -14,12 +16,10 @@ def test_values_and_gradients() -> None:
     leaves = {"q": torch.randn(1, 2, 9, 16), "k": torch.randn(1, 1, 19, 16), "v": torch.randn(1, 1, 19, 16)}
     leaves["rho"] = torch.randn(1, 2, 9, 16) * 0.05
     found = []
-    for run, dtype in (
-        (al.reference, torch.float64),
-        (lambda p, **x: al.compile(p, backend="triton")(**x), torch.float32),
-    ):
+    kernels = al.compile(al.library.local_linear, backend="triton")
+    for run, dtype in ((functools.partial(al.reference, kernels), torch.float64), (kernels, torch.float32)):
         at = {n: t.to(dtype).requires_grad_() for n, t in leaves.items()}
-        o = run(al.library.local_linear, **at)
+        o = run(**at)
         weights = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view(o.shape)
         found.append([o, *torch.autograd.grad((o.double() * weights).sum(), list(at.values()))])
     for want, got in zip(*found, strict=True):
