@@ -314,8 +314,26 @@ class Attention:
         """
         from attnlang.runtime.source import source
 
-        storage = {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
-        return source(self.program, target, head_dim, head_dim if value_dim is None else value_dim, dtype, storage)
+        width = head_dim if value_dim is None else value_dim
+        return source(self.program, target, head_dim, width, dtype, self._storage())
+
+    def sources(
+        self, target: str = "cpu", head_dim: int = 64, value_dim: int | None = None, dtype: str = "float32"
+    ) -> dict[str, str]:
+        """Return the generated kernels of a program of several, by the stage or part of a stage they run.
+
+        Parts whose kernels depend on what they are called with are not among them.
+
+        Raises:
+            UsageError: unknown target or dtype, or there is no such part.
+        """
+        from attnlang.runtime.source import sources
+
+        width = head_dim if value_dim is None else value_dim
+        return sources(self.program, target, head_dim, width, dtype, self._storage())
+
+    def _storage(self) -> dict[str, str]:
+        return {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
 
     def explain(
         self,

@@ -7,7 +7,7 @@ compiled kernels serve it; any other goes to the blockwise executor. Rows stages
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -31,6 +31,7 @@ from attnlang.ir import (
     evaluate,
     run_stages,
     substitute,
+    tensors_made,
 )
 from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
@@ -49,7 +50,7 @@ from .roots import has_roots, probe, without_roots
 from .runs import Runs, run_maps
 from .transforms import without_kernels
 
-__all__ = ["run", "softmax_roles"]
+__all__ = ["parts_of", "run", "softmax_roles"]
 
 NARROW = 16
 """Keys in a tile of a stage that was taken apart: branches often share the keys out among them, at any number."""
@@ -135,6 +136,24 @@ def _program_of(program: Program, stage: Attend, made: tuple[TensorParam, ...], 
     if softmax_roles(alone.attend) is not None:
         alone = replace(alone, stages=(Attend(branches=alone.attend.branches),))
     return alone
+
+
+def parts_of(program: Program) -> Iterator[tuple[str, Program]]:
+    """Every part of a stage of attention that may be a kernel of its own, by name, as a program over its own lengths.
+
+    Without operands nothing is known of rewrites that make tensors (``lowering``), so calls may run other kernels.
+    """
+    shapes = {t.name: t.shape for t in program.tensors}
+    made: list[TensorParam] = []
+    for stage in program.stages:
+        if isinstance(stage, Attend):
+            lengths = zip(("Lq", "Lk"), stage.lengths, strict=True)
+            changed = tuple(name for name, length in lengths if length is not Size(name))
+            for part in apart(alone(at_slots(stage))[0]):
+                yield part.name, _program_of(program, part, tuple(made), changed)
+        for name, t in tensors_made(stage, shapes).items():
+            shapes[name] = t.shape
+            made.append(replace(t, shape=tuple(Size(f"{name}_{d}") for d in range(len(t.shape)))))
 
 
 def run(call: Call, attention: Attention, backend: str | None = None) -> dict[str, Tensor]:
