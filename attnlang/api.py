@@ -26,6 +26,7 @@ from attnlang.passes.specialise import specialise
 from attnlang.runtime import dispatch, layouts
 from attnlang.runtime.bind import Binder, Bound, check_scalar, suggest
 from attnlang.runtime.call import Call
+from attnlang.runtime.elements import for_elements
 from attnlang.runtime.op import Site, attend, register
 from attnlang.runtime.op_run import run
 from attnlang.runtime.opaque import opaque
@@ -232,7 +233,15 @@ class Attention:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None, captured: dict[str, Any]
     ) -> dict[str, Tensor]:
         bound = self._binder.bind(q, k, v, captured, self._defaults, scale)
-        return layouts.run(self._call(bound), self.layout, dispatch.check_backend(backend) or self.backend)
+        chosen = dispatch.check_backend(backend) or self.backend
+
+        def run(here: Bound) -> tuple[Tensor, ...]:
+            return self._results_of(layouts.run(self._call(here), self.layout, chosen))
+
+        return dict(zip(self._results, for_elements(run, bound), strict=True))
+
+    def _results_of(self, made: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(made[name] for name in self._results)
 
     def _captured_call(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, captured: dict[str, Any]
@@ -305,8 +314,26 @@ class Attention:
         """
         from attnlang.runtime.source import source
 
-        storage = {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
-        return source(self.program, target, head_dim, head_dim if value_dim is None else value_dim, dtype, storage)
+        width = head_dim if value_dim is None else value_dim
+        return source(self.program, target, head_dim, width, dtype, self._storage())
+
+    def sources(
+        self, target: str = "cpu", head_dim: int = 64, value_dim: int | None = None, dtype: str = "float32"
+    ) -> dict[str, str]:
+        """Return the generated kernels of a program of several, by the stage or part of a stage they run.
+
+        Parts whose kernels depend on what they are called with are not among them.
+
+        Raises:
+            UsageError: unknown target or dtype, or there is no such part.
+        """
+        from attnlang.runtime.source import sources
+
+        width = head_dim if value_dim is None else value_dim
+        return sources(self.program, target, head_dim, width, dtype, self._storage())
+
+    def _storage(self) -> dict[str, str]:
+        return {n: str(t.dtype).removeprefix("torch.") for n, t in self._defaults.items() if isinstance(t, Tensor)}
 
     def explain(
         self,
@@ -353,9 +380,13 @@ def reference(
     """
     attention = program if isinstance(program, Attention) else Attention(program)
     bound = attention._binder.bind(q, k, v, captured, attention._defaults, scale)
-    made = evaluate_dense(
-        attention.program, bound.q, bound.k, bound.v, bound.sizes, bound.params, bound.tensors, bound.scale
-    )
+
+    def run(here: Bound) -> tuple[Tensor, ...]:
+        program = attention.program
+        made = evaluate_dense(program, here.q, here.k, here.v, here.sizes, here.params, here.tensors, here.scale)
+        return attention._results_of(made)
+
+    made = dict(zip(attention._results, for_elements(run, bound), strict=True))
     return _arrange(attention.program.name, made, return_lse, return_aux)
 
 

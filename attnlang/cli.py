@@ -221,7 +221,8 @@ def compile_(
     """Compile a program to a file that stands alone; no GPU is needed.
 
     GPU targets give a Python file that needs only torch and triton, cpu a C++ file with a plain C interface. Parameters
-    named with --set become constants, the others stay arguments.
+    named with --set become constants, the others stay arguments. A program of several kernels gives a file for each
+    part whose kernel does not depend on the tensors of a call.
 
     Example: [cyan]attnlang compile examples/demo.attn -o demo_h100.py --target cuda:90 --head-dim 128[/]
     """

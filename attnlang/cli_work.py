@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,11 @@ def compile_to(
     storage: Iterable[str],
     binary: bool,
 ) -> list[str]:
-    """Write the generated source of a program to ``out`` and return what was done, in words."""
+    """Write the generated source of a program to ``out`` and return what was done, in words.
+
+    Of a program of several kernels, those of its parts are written to files beside each other.
+    """
+    from attnlang.runtime.source import is_one_kernel, sources
     from attnlang.runtime.source import source as generate
 
     program = load_program(source)
@@ -246,16 +251,23 @@ def compile_to(
     name = str(parse_dtype(dtype or usual)).removeprefix("torch.")
     static: dict[str, Scalar] = fit_settings(program, parse_settings(settings))
     specialised = Attention(program, backend=None, layout=None, **static).program
-    text = generate(specialised, target, head_dim, value_dim or head_dim, name, held)
+    wanted = (specialised, target, head_dim, value_dim or head_dim, name, held)
+    texts = {"": generate(*wanted)} if is_one_kernel(specialised) else sources(*wanted)
     if out == "-":
         if binary:
             raise UsageError("--binary needs a file: name one with -o")
-        print(text, end="" if text.endswith("\n") else "\n")
+        for text in texts.values():
+            print(text, end="" if text.endswith("\n") else "\n")
         return []
+    if binary and "" not in texts:
+        raise UsageError(f"--binary is for programs of one kernel; {program.name} has parts: {', '.join(texts)}")
     path = Path(out)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    what = f"{program.name} for {target}, {name}, head dimension {head_dim}"
-    done = [f"wrote {path} ({len(text.splitlines())} lines): {what}"]
+    done = []
+    for part, text in texts.items():
+        file = path.with_stem(f"{path.stem}_{part}") if part else path
+        write_atomically(file, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        what = f"{program.name}{part and ', ' + part} for {target}, {name}, head dimension {head_dim}"
+        done.append(f"wrote {file} ({len(text.splitlines())} lines): {what}")
     if binary:
         from attnlang.runtime.binary import binary as build
 

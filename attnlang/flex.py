@@ -21,6 +21,8 @@ from attnlang.ir.build import h as axis_h
 from attnlang.ir.build import k as axis_k
 from attnlang.ir.build import q as axis_q
 from attnlang.runtime import dispatch, eager
+from attnlang.runtime.bind import Bound
+from attnlang.runtime.elements import for_elements
 from attnlang.runtime.opaque import opaque
 from attnlang.sparsity import EMPTY, FULL, PARTIAL, RunMap
 from attnlang.tracing import trace
@@ -291,11 +293,15 @@ def flex_attention(
         values[KINDS] = kinds.to(query.device)
     attention = _attention(program)
     bound = attention._binder.bind(query, key, value, values, None, scale)
-    call = attention._call(bound)
-    out, lse = dispatch.attend(call)
+    wants_top = return_aux is not None and return_aux.max_scores
+
+    def run(here: Bound) -> tuple[Tensor, ...]:
+        call = attention._call(here)
+        return (*dispatch.attend(call), *([_max_scores(call)] if wants_top else []))
+
+    out, lse, *top = for_elements(run, bound)
     if return_aux is not None:
-        top = _max_scores(call) if return_aux.max_scores else None
-        return out, AuxOutput(lse if return_aux.lse else None, top)
+        return out, AuxOutput(lse if return_aux.lse else None, top[0] if top else None)
     return (out, lse) if return_lse else out
 
 

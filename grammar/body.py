@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import reduce
 from typing import TypeAlias
 
 from attnlang.ir import INT, Const, Expr, Stage, TensorParam, build, tensors_made
-from attnlang.ir.build import op
 
 from . import syntax as ast
 from .attend import HOOKS, AttendDraft, BranchDraft
@@ -239,15 +237,7 @@ class PatternBody:
                 raise scope.error(axis, "ATL209", f"`{axis.id}` cannot have a grid", "grids are declared for q and k")
             if axis.id in scope.grids:
                 raise scope.error(axis, "ATL201", f"`{axis.id}` has a grid already")
-            scope.grids[axis.id] = _coordinates(axis.id, shape)
+            index = build.q if axis.id == "q" else build.k
+            found = build.coordinates(index, [e for _, e in shape])
+            scope.grids[axis.id] = {name: e for (name, _), e in zip(shape, found, strict=True)}
             self.grids[axis.id] = tuple(shape)
-
-
-def _coordinates(axis: str, shape: list[tuple[str, Expr]]) -> dict[str, Expr]:
-    index: Expr = build.q if axis == "q" else build.k
-    out: dict[str, Expr] = {}
-    for i, (name, extent) in enumerate(shape):
-        inner = [e for _, e in shape[i + 1 :]]
-        value = op("floordiv", index, reduce(lambda a, c: op("mul", a, c), inner)) if inner else index
-        out[name] = op("mod", value, extent) if i else value
-    return out

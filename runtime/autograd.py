@@ -129,13 +129,13 @@ def differentiable(
     Each input gets what passes through itself alone, also where inputs are one tensor or made of each other.
     """
 
-    def of_wanted(*wanted: Tensor) -> tuple[Tensor, ...]:
+    def weighed(*wanted: Tensor) -> Tensor:
         found = iter(wanted)
-        return tuple(forward([next(found) if need else t for t, need in zip(inputs, needs, strict=True)]))
+        made = forward([next(found) if need else t for t, need in zip(inputs, needs, strict=True)])
+        return torch.stack([(t * g.to(t.dtype)).sum() for t, g in zip(made, grads, strict=True)]).sum()
 
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    made, pull = torch.func.vjp(of_wanted, *wanted)  # type: ignore[misc]
-    found = iter(pull(tuple(g.to(t.dtype) for t, g in zip(made, grads, strict=True))))
+    found = iter(torch.func.grad(weighed, argnums=tuple(range(len(wanted))))(*wanted))
     return [next(found) if need else None for need in needs]
 
 

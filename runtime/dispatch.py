@@ -105,7 +105,7 @@ def attend(call: Call, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """
     if transforms.without_kernels((call.q, call.k, call.v, *call.tensors.values())):
         if backend not in (None, "eager"):
-            raise Unavailable(f"{backend} kernels cannot run under vmap, nor with tangents")
+            raise Unavailable(f"{backend} kernels make no tangents")
         return eager.forward(call)  # differentiable by itself
     chosen = backend or _choose(call)
     forward = _forward(chosen) if backend or chosen == "eager" else functools.partial(_with_fallback, chosen)

@@ -23,9 +23,11 @@ from attnlang.ir import (
     Input,
     Load,
     Output,
+    Region,
     evaluate,
     index_axes,
     substitute,
+    term_values,
 )
 from attnlang.ir.build import b, h, k, q
 from attnlang.passes.simplify import map_record
@@ -143,8 +145,6 @@ def with_shared_rows(stage: Attend, env: Environment) -> tuple[Attend, dict[str,
     for term in more:
         rows, table = env.rows(term.left.source), env.rows(term.right.source)
         at = evaluate(term.right.index[-1], keys).expand(lk).clamp(0, max(table.shape[-2] - 1, 0))
-        if torch._C._functorch.is_functorch_wrapped_tensor(at):
-            return stage, {}  # how many rows are different cannot be asked under vmap
         chosen, which = at.unique(return_inverse=True)
         if rows.shape[2] != lq or 2 * len(chosen) > lk or rows.shape[:3].numel() * len(chosen) > LARGEST:
             return stage, {}
@@ -155,6 +155,29 @@ def with_shared_rows(stage: Attend, env: Environment) -> tuple[Attend, dict[str,
     if set(made) & {*env.tensors, *env.operands}:
         return stage, {}
     return _reading(stage, tuple(found.items())), made
+
+
+def _of_one_term(stage: Attend, env: Environment) -> tuple[Attend, dict[str, Dot]]:
+    """``stage`` of its first term, with further dot products read from tensors [B, H, Lq, Lk], and what these are.
+
+    A stage with bodies among them, or whose tensors would be too large, is returned as it is.
+    """
+    more = {f"{term.name}_pairs": term for term in stage.terms[1:] if term.body is None}
+    lq, lk = (int(evaluate(e, env)) for e in stage.lengths)
+    pairs = env.sizes["B"] * env.sizes["H"] * lq * lk
+    if not more or len(more) < len(stage.terms) - 1 or stage.position or len(more) * pairs > LARGEST:
+        return stage, {}
+    if set(more) & {*env.tensors, *env.operands}:
+        return stage, {}
+    loads = ((Input(term.name, FLOAT), Load(name, (b, h, q, k), FLOAT)) for name, term in more.items())
+    return _reading(stage, tuple(loads)), more
+
+
+def _of_all_pairs(terms: Mapping[str, Dot], stage: Attend, env: Environment) -> dict[str, Tensor]:
+    lq, lk = (int(evaluate(e, env)) for e in stage.lengths)
+    region = Region.whole(env.sizes["B"], env.sizes["H"], lq, lk, env.device)
+    slots = replace(env, indices=region.axes())
+    return {name: term_values(term, slots, region) for name, term in terms.items()}
 
 
 @dataclass(frozen=True)
@@ -179,8 +202,11 @@ def _in_place(stage: Attend, env: Environment) -> bool:
     return in_place(stage, env, {**env.sizes, "Lq": lq, "Lk": lk})
 
 
-def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
-    """Rewrite ``stage`` as far as that brings it closer to kernels; ``scale`` multiplies its first score term."""
+def lowered(stage: Attend, env: Environment, scale: float, pays: Callable[[Attend], bool] = lambda _: False) -> Lowered:
+    """Rewrite ``stage`` as far as that brings it closer to kernels; ``scale`` multiplies its first score term.
+
+    ``pays`` says of a stage of one term whether it is worth that PyTorch makes the other terms of all pairs.
+    """
     made: dict[str, Tensor] = {}
 
     def here() -> Environment:
@@ -201,4 +227,8 @@ def lowered(stage: Attend, env: Environment, scale: float) -> Lowered:
     keys = here().rows(stage.terms[0].right.source)
     stage, more, after = one_hot(stage, here(), keys.shape[1] if keys.dim() == 4 else env.sizes["H"])
     made |= more
+    alone, terms = _of_one_term(stage, here())
+    if terms and pays(alone):
+        made |= _of_all_pairs(terms, stage, here())
+        stage = alone
     return Lowered(apart(stage), made, after)

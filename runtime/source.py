@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from attnlang.codegen.isa import Isa
     from attnlang.codegen.plan import KernelPlan
 
-__all__ = ["DTYPES", "TARGETS", "check_target", "isa_for", "plan_for", "source"]
+__all__ = ["DTYPES", "TARGETS", "check_target", "is_one_kernel", "isa_for", "plan_for", "source", "sources"]
 
 TARGETS = ("cpu", "cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 """Targets that are tested; ``cpu:<instruction set>`` and other chips of the same kinds are accepted, too."""
@@ -73,10 +73,17 @@ def plan_for(
     )
 
 
+def is_one_kernel(program: Program) -> bool:
+    """Whether :func:`source` has the kernel of a program, and :func:`sources` is not needed."""
+    from .compiled import why_none
+
+    return len(program.stages) == 1 and not why_none(program.attend)
+
+
 def _check_one_kernel(program: Program) -> None:
     from .compiled import why_none
 
-    ways = "call it with al.compile, which makes the kernels of all its parts"
+    ways = "call it with al.compile, which makes the kernels of all its parts, or see .sources(target)"
     if len(program.stages) > 1:
         raise UsageError(f"{program.name} has {len(program.stages)} stages and is not one kernel; {ways}")
     if reason := why_none(program.attend):
@@ -123,3 +130,31 @@ def source(
     from attnlang.codegen.triton_tiles import candidates
 
     return emit_triton(plan, candidates(plan, target)[0])
+
+
+def sources(
+    program: Program,
+    target: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    storage: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the forward kernels of the parts of a specialised program that can be planned without operands, by name.
+
+    Raises:
+        UsageError: as :func:`plan_for`, or there is none; the message has the reason for each part.
+    """
+    from .compiled import why_none
+    from .stages import parts_of
+
+    parts = dict(parts_of(program))
+    reasons = {name: why_none(part.attend) for name, part in parts.items()}
+    if all(reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UsageError(f"no part of {program.name} is a kernel without its operands: {why}")
+    return {
+        name: source(part, target, head_dim, value_dim, dtype, storage)
+        for name, part in parts.items()
+        if not reasons[name]
+    }

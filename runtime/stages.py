@@ -7,7 +7,7 @@ compiled kernels serve it; any other goes to the blockwise executor. Rows stages
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -31,6 +31,7 @@ from attnlang.ir import (
     evaluate,
     run_stages,
     substitute,
+    tensors_made,
 )
 from attnlang.ir.build import any_of
 from attnlang.ir.types import BOOL, INT
@@ -44,15 +45,19 @@ from .call import Call
 from .compiled import DEVICES, has_gradient, has_kernel, kernel_of
 from .eager import compute_dtype
 from .errors import Unavailable
-from .lowering import lowered, recorded
+from .lowering import apart, lowered, recorded
 from .roots import has_roots, probe, without_roots
 from .runs import Runs, run_maps
 from .transforms import without_kernels
 
-__all__ = ["run", "softmax_roles"]
+__all__ = ["parts_of", "run", "softmax_roles"]
 
 NARROW = 16
 """Keys in a tile of a stage that was taken apart: branches often share the keys out among them, at any number."""
+
+TILE = (128, 128)
+SPARSE = 90.0
+"""Per cent of pairs in empty tiles from which on the blockwise executor is the faster way to further score terms."""
 
 Tensor = torch.Tensor
 Attention: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
@@ -133,6 +138,24 @@ def _program_of(program: Program, stage: Attend, made: tuple[TensorParam, ...], 
     return alone
 
 
+def parts_of(program: Program) -> Iterator[tuple[str, Program]]:
+    """Every part of a stage of attention that may be a kernel of its own, by name, as a program over its own lengths.
+
+    Without operands nothing is known of rewrites that make tensors (``lowering``), so calls may run other kernels.
+    """
+    shapes = {t.name: t.shape for t in program.tensors}
+    made: list[TensorParam] = []
+    for stage in program.stages:
+        if isinstance(stage, Attend):
+            lengths = zip(("Lq", "Lk"), stage.lengths, strict=True)
+            changed = tuple(name for name, length in lengths if length is not Size(name))
+            for part in apart(alone(at_slots(stage))[0]):
+                yield part.name, _program_of(program, part, tuple(made), changed)
+        for name, t in tensors_made(stage, shapes).items():
+            shapes[name] = t.shape
+            made.append(replace(t, shape=tuple(Size(f"{name}_{d}") for d in range(len(t.shape)))))
+
+
 def run(call: Call, attention: Attention, backend: str | None = None) -> dict[str, Tensor]:
     """Return every result of the program by name.
 
@@ -158,7 +181,14 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
             here = replace(here, tensors={**here.tensors, **roots})
         with_one, scaled = alone(stage)
         own = call if scaled else replace(call, scale=1.0)
-        found = lowered(with_one, here, own.scale)
+
+        def pays(alone: Attend) -> bool:
+            """Whether kernels run a stage of one term, and it sees enough of all pairs."""
+            if without_kernels((*here.operands.values(), *here.tensors.values())) or not all(map(served, apart(alone))):
+                return False
+            return backend is not None or _runs_of(own, with_one, here)[2](TILE).sparsity() < SPARSE
+
+        found = lowered(with_one, here, own.scale, pays)
         inner = replace(here, tensors={**here.tensors, **found.tensors})
         ways = [way(own, part, inner, NARROW if len(found.parts) > 1 else 0) for part in found.parts]
         if None in ways:

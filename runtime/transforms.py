@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["Kind", "innermost", "is_batch", "outside", "unwrapped", "without_kernels"]
+__all__ = ["Kind", "innermost", "outside", "under_vmap", "unwrapped", "without_kernels"]
 
 Tensor = torch.Tensor
 _functorch = torch._C._functorch
@@ -35,21 +35,22 @@ def outside() -> AbstractContextManager[Any]:
 
 
 def unwrapped(t: Tensor) -> Tensor:
-    """The numbers of a tensor that a transform differentiates by; a batch of vmap stays one."""
+    """The numbers of a tensor that a transform differentiates by."""
     while _functorch.is_gradtrackingtensor(t):
         t = _functorch.get_unwrapped(t)
     return t
 
 
-def is_batch(t: Tensor) -> bool:
-    """Whether a tensor is a batch in the sense of vmap, possibly inside of what another transform has wrapped."""
-    return bool(_functorch.is_batchedtensor(unwrapped(t)))
+def under_vmap() -> bool:
+    """Whether any of the transforms is vmap: what runs may then have to do with batches, whatever it is given."""
+    if _functorch.peek_interpreter_stack() is None:
+        return False
+    return any(found.key().name == Kind.BATCH.value for found in _functorch.get_interpreter_stack())
 
 
 def without_kernels(tensors: Iterable[Tensor]) -> bool:
-    """Whether ``tensors`` are what no kernel can be given, even by an ``autograd.Function``: batches, or followed by
-    forward-mode differentiation."""
-    tensors = tuple(tensors)
-    if any(map(is_batch, tensors)) or innermost() is Kind.TANGENT:
+    """Whether ``tensors`` are what no kernel can be given, even by an ``autograd.Function``: those that forward-mode
+    differentiation follows."""
+    if innermost() is Kind.TANGENT:
         return True
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

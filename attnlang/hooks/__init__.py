@@ -4,6 +4,7 @@
 traced (``inside``).
 """
 
+from .grid import grid
 from .inside import dropout, max_d, mean_d, random, sum_d
 from .program import program
 from .specs import (
@@ -29,6 +30,7 @@ __all__ = [
     "dropout",
     "elementwise",
     "entmax15",
+    "grid",
     "max_d",
     "mean_d",
     "normalizer",

@@ -32,7 +32,7 @@ from attnlang.tracing import Ask, Hook, NamedTensor, unwrap
 
 from .specs import Length, Mod, Value
 
-__all__ = ["ALIASES", "AXES", "OPERANDS", "SIZES", "Reader", "is_function"]
+__all__ = ["ALIASES", "AXES", "OPERANDS", "SIZES", "Reader", "asked", "in_words", "is_function"]
 
 Known: TypeAlias = "Mapping[str, Expr] | Mapping[str, Expr | NamedTensor]"
 
@@ -129,7 +129,7 @@ class Reader:
 
     def _arguments(self, kind: str, mod: Mod, known: Known) -> list[Expr | NamedTensor]:
         """What the parameters of ``mod`` ask for by their names."""
-        return [self._found(kind, name, known) for name in _asked(kind, mod)]
+        return [self._found(kind, name, known) for name in asked(kind, mod)]
 
     def _found(self, kind: str, name: str, known: Known) -> Expr | NamedTensor:
         own = ALIASES.get(name, name)
@@ -196,7 +196,7 @@ class Reader:
     def size(self, kind: str, value: Length) -> Expr:
         """A number, the words of the language, or a function of sizes."""
         if isinstance(value, str):
-            return _in_words(kind, value)
+            return in_words(kind, value)
         if isinstance(value, bool) or not (isinstance(value, int) or is_function(value)):
             hint = "give an int, a size such as 'cdiv(Lk, 64)', or a function such as lambda Lk: Lk // 2"
             raise UsageError(f"{kind} is {value!r}; {hint}")
@@ -204,12 +204,12 @@ class Reader:
             raise UsageError(f"{kind} is at least 1, got {value}")
         if isinstance(value, int):
             return build.const(value)
-        if wrong := [n for n in _asked(kind, value) if n not in SIZES]:  # a size is known before anything is computed
+        if wrong := [n for n in asked(kind, value) if n not in SIZES]:  # a size is known before anything is computed
             raise UsageError(f"{kind} reads {wrong[0]!r}; a size reads sizes: {', '.join(SIZES)}")
         return self.value(kind, value, {}, INT)
 
 
-def _asked(kind: str, mod: Mod) -> Iterator[str]:
+def asked(kind: str, mod: Mod) -> Iterator[str]:
     """Names by which ``mod`` asks for what it reads."""
     try:
         return _required(list(inspect.signature(mod).parameters.values()))
@@ -228,7 +228,8 @@ def _required(parameters: list[inspect.Parameter]) -> Iterator[str]:
 
 
 @lru_cache(256)
-def _in_words(kind: str, text: str) -> Expr:
+def in_words(kind: str, text: str) -> Expr:
+    """The size that ``text`` is in the words of the language."""
     from attnlang.grammar import AttnError, parse
 
     try:

@@ -39,6 +39,7 @@ from .semantics import (
     output_shape,
     reads_pair,
     scatter,
+    term_values,
 )
 from .shapes import OPERAND_SHAPES, tensors_made
 from .stages import (
@@ -155,5 +156,6 @@ __all__ = [
     "stat",
     "substitute",
     "tensors_made",
+    "term_values",
     "verify",
 ]

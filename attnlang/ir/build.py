@@ -6,6 +6,7 @@ not overloaded, because ``==`` on interned nodes means identity.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import TypeAlias
 
@@ -24,6 +25,7 @@ __all__ = [
     "cdiv",
     "clamp",
     "const",
+    "coordinates",
     "h",
     "k",
     "op",
@@ -108,3 +110,16 @@ def cdiv(a: Expr, b: Expr) -> Expr:
     if a.type is FLOAT or b.type is FLOAT:
         raise TypeError("cdiv needs int")
     return op("floordiv", op("sub", op("add", a, b), 1), b)
+
+
+def coordinates(index: Expr, extents: Sequence[Expr]) -> tuple[Expr, ...]:
+    """The coordinates of ``index``, which counts the points of a grid, the last coordinate fastest.
+
+    The first extent does not enter: what lies beyond the grid has a first coordinate beyond it.
+    """
+    found: list[Expr] = []
+    for i, extent in enumerate(extents):
+        inner = extents[i + 1 :]
+        value = op("floordiv", index, reduce(lambda a, c: op("mul", a, c), inner)) if inner else index
+        found.append(op("mod", value, extent) if i else value)
+    return tuple(found)

@@ -29,6 +29,7 @@ __all__ = [
     "output_shape",
     "reads_pair",
     "scatter",
+    "term_values",
 ]
 
 Tensor = torch.Tensor
@@ -194,8 +195,8 @@ def _table(operand: Operand, env: Environment, region: Region) -> tuple[Tensor, 
     return table.to(env.float_dtype), rows.expand(region.shape)
 
 
-def _term(term: Dot, env: Environment, region: Region) -> Tensor:
-    """One raw score term [b, h, m, n]."""
+def term_values(term: Dot, env: Environment, region: Region) -> Tensor:
+    """One raw score term [b, h, m, n], without a scale; the indices of ``env`` are those of ``region``."""
     if term.body is None:
         for side, other, axis in ((term.right, term.left, "q"), (term.left, term.right, "k")):
             if _pair_row(side):
@@ -306,9 +307,8 @@ class _BranchValues:
             return self._combined(found, {**self.stats, found.name: t}) - 1.0
 
         def slope(t: Tensor) -> Tensor:
-            with torch.enable_grad():
-                t = t.detach().requires_grad_()
-                return torch.autograd.grad(excess(t).sum(), t)[0].detach()
+            with torch.no_grad():  # by a transform, since others may be at work
+                return torch.func.grad(lambda x: excess(x).sum())(t.detach()).detach()
 
         assert found.seed is not None
         some = self.seen
@@ -368,7 +368,7 @@ def attend_region(stage: Attend, env: Environment, region: Region, scale: float)
         hooks = replace(slots, indices={**slots.indices, **seen})
     terms: dict[str, Tensor] = {}
     for term in stage.terms:
-        value = _term(term, slots, region)
+        value = term_values(term, slots, region)
         terms[term.name] = value * scale if not terms else value
     branches = [_BranchValues(branch, terms, hooks, region) for branch in stage.branches]
     return {out.name: _output(out, branches[out.branch], slots) for out in stage.outputs}

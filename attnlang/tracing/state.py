@@ -85,6 +85,8 @@ class TraceState:
         self.score_dtype = score_dtype
         self.over_d: dict[tuple[str, Expr], Input] | None = None
         """Reductions over the features of a row, where the hook that is being traced may ask for them."""
+        self.grids: dict[str, tuple[tuple[str, Expr], ...]] = {}
+        """Coordinates and extents of the grids that the axes were first said to count the points of."""
         self.keep: list[object] = []  # ids stay unique only while their objects live
         self._wanted = names
         self._used: set[str] = set(taken)

@@ -119,10 +119,12 @@ def _once(job: _Attempt, baked: frozenset[str] | None, name: str) -> Traced:
             return found
 
         stages = state.settled(job.make(ask))
+        grids = tuple((axis, state.settled(state.grids[axis])) for axis in sorted(state.grids, reverse=True))
+        roots.extend(extent for _, shape in grids for _, extent in shape)
         done, tensors, params, derived = state.finish(roots)
     used = {n.name: n.type for n in postorder(*done) if isinstance(n, Param)}
     declared = tuple(ScalarParam(n, used[n]) for n in scalars.values if n in used)
-    program = _verified(Program(name, stages, declared, params, returns=job.returns), job)
+    program = _verified(Program(name, stages, declared, params, grids, returns=job.returns), job)
     return Traced(program, tensors, {p.name: scalars.values[p.name] for p in declared}, derived)
 
 

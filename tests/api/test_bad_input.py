@@ -180,3 +180,15 @@ pattern two(more_q: float[B, H, Lq, R], more_k: float[B, 1, Lk, R]):
 """)
     with pytest.raises(al.UsageError, match="two is not one kernel: it has several score terms"):
         al.compile(branched).source(target)
+    with pytest.raises(al.UsageError, match="no part of two is a kernel without its operands: attend: it has several"):
+        al.compile(branched).sources(target)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:90"])
+def test_sources_of_the_parts_of_a_program(target: str) -> None:
+    made = al.compile(al.library.anchor).sources(target, head_dim=32)
+    assert list(made) == ["near", "read"]
+    assert len(set(made.values())) == 2
+    assert list(al.compile(al.library.gated_duo).sources(target)) == ["attend_0", "attend_1"]
+    causal = al.compile(al.parse("pattern p: mask = k <= q"))
+    assert causal.sources(target) == {"attend": causal.source(target)}

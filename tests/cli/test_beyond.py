@@ -1,6 +1,12 @@
 """Commands on programs that are more than a mask and a score: they work, or say in a sentence why not."""
 
+import subprocess
+
 import pytest
+
+from attnlang.codegen.isa import COMMON_FLAGS
+from attnlang.runtime.source import isa_for
+from attnlang.runtime.toolchain import find_compiler
 
 TEXT = """
 pattern watched(gate: float[H]):
@@ -41,3 +47,24 @@ def test_what_only_a_call_knows_is_refused(invoke, file):
         found = invoke(command, file, "--len", 32)
         assert found.exit_code != 0 and "routed" in found.output + found.stderr
     assert "a stage of it makes" in invoke("show", file, "--len", 32).stderr
+
+
+def test_compile_writes_the_kernels_of_all_parts(invoke, tmp_path):
+    text = tmp_path / "two.attn"
+    text.write_text("""pattern two(size: int = 4):
+    attend near: mask = abs(q - k) < size
+    attend far:
+        mask = q - k >= size
+        normalize = elementwise(sigmoid(s))
+    rows o[Lq, Dv] = near[b, h, q, d] + far[b, h, q, d]
+""")
+    found = invoke("compile", text, "-o", tmp_path / "kernel.cpp", "--head-dim", 16)
+    assert found.exit_code == 0, found.stderr
+    files = sorted(tmp_path.glob("kernel*"))
+    assert [file.name for file in files] == ["kernel_far.cpp", "kernel_near.cpp"]
+    for written in files:
+        words = [*find_compiler().command, *COMMON_FLAGS, *isa_for("cpu").flags, "-fsyntax-only", written]
+        assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+    assert "far" in found.stderr and "near" in found.stderr
+    assert "for programs of one kernel" in invoke("compile", text, "-o", tmp_path / "k.cpp", "--binary").stderr
+    assert invoke("compile", text, "-o", "-").stdout.count('extern "C"') >= 2

@@ -70,7 +70,7 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 
 def same(got: object, want: object) -> None:
     for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
-        size = max(1.0, float(b.detach().abs().max()))
+        size = max([1.0, *b.detach().abs().flatten().tolist()])
         torch.testing.assert_close(a, b, atol=2e-5 * size, rtol=2e-4, check_dtype=False)
 
 
@@ -123,13 +123,58 @@ def test_transforms(name: str, transform: str) -> None:
     same(run(ours(name), *rows()), run(dense(name), *(x.double() for x in rows())))
 
 
+def _twice_batched(f: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    both, more = torch.stack([q, q + 1]), torch.stack([k, k - 1, k * 2], -1)
+    return torch.vmap(torch.vmap(f, in_dims=(None, -1, None)), in_dims=(0, None, None), out_dims=1)(both, more, v)
+
+
+def _each(transform: Callable[..., Callable[..., object]], which: int) -> Callable[..., object]:
+    """A transform by one operand, under vmap over the values."""
+
+    def run(f: Attention, q: Tensor, k: Tensor, v: Tensor) -> object:
+        rows, many = [q, k], torch.stack([v, v.flip(-1) * 2], 2)
+
+        def one(v: Tensor) -> object:
+            by = lambda x: _value(f, *rows[:which], x, *rows[which + 1 :], v)  # noqa: E731
+            return transform(by)(rows[which])
+
+        return torch.vmap(one, in_dims=2)(many)
+
+    return run
+
+
+def _tangent(by: Callable[[Tensor], Tensor]) -> Callable[[Tensor], object]:
+    return lambda x: torch.func.jvp(by, (x,), (x.flip(-1),))
+
+
+VMAPS: dict[str, Callable[..., object]] = {
+    "twice": _twice_batched,
+    "of grad": _each(torch.func.grad, 0),
+    "of grad of grad": _each(lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum()), 1),
+    "of jvp": _each(_tangent, 0),
+    "of nothing": lambda f, q, k, v: torch.vmap(f, in_dims=(0, None, None))(q.new_empty(0, *q.shape), k, v),
+    "in grad": lambda f, q, k, v: torch.func.grad(
+        lambda k: torch.vmap(lambda q: f(q, k, v))(torch.stack([q, q + 1])).square().sum()
+    )(k),
+    "of something else in grad": lambda f, q, k, v: torch.func.grad(
+        lambda k: torch.vmap(lambda y: y * f(q, k, v))(torch.ones(2)).square().sum()
+    )(k),
+    "of something else of grad": lambda f, q, k, v: torch.vmap(
+        lambda y: torch.func.grad(lambda k: (y * f(q, k, v)).sum())(k)
+    )(torch.arange(2.0)),
+    "in backward": lambda f, q, k, v: torch.autograd.grad(
+        torch.vmap(lambda q: f(q, k, v))(torch.stack([q, q + 1])).square().sum(), k
+    ),
+}
+
+
 @pytest.mark.usefixtures("unoptimised")
-@pytest.mark.parametrize("name", ["causal", "pages"])
-def test_vmap(name: str) -> None:
-    q, k, v = rows()
-    both = torch.stack([q, q + 1])
-    run = lambda f: torch.vmap(lambda q: f(q, k, v))(both)  # noqa: E731
-    same(run(ours(name)), run(dense(name)))
+@pytest.mark.parametrize("transform", VMAPS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_vmap(name: str, transform: str) -> None:
+    run, (q, k, v) = VMAPS[transform], rows()
+    k.requires_grad_(transform == "in backward")
+    same(run(ours(name), q, k, v), run(dense(name), q, k, v))
 
 
 @pytest.mark.usefixtures("unoptimised")
