@@ -104,6 +104,10 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
+def _declared(param: TensorParam) -> str:
+    return f"{param.type}[{', '.join(format_expr(d) for d in param.shape)}]"
+
+
 class Binder:
     """Binds calls of one specialised program; what depends on the program alone is prepared once."""
 
@@ -218,20 +222,21 @@ class Binder:
 
     def _tensor(self, param: TensorParam, given: Mapping[str, Any], device: torch.device | None) -> Tensor:
         value = given.get(param.name)
-        declared = f"{param.type}[{', '.join(format_expr(d) for d in param.shape)}]"
         if value is None:
-            raise UsageError(f"{self.program.name} needs tensor {param.name!r} ({declared}); pass {param.name}=...")
+            raise UsageError(
+                f"{self.program.name} needs tensor {param.name!r} ({_declared(param)}); pass {param.name}=..."
+            )
         if not isinstance(value, Tensor):
-            raise UsageError(f"{param.name} must be a torch tensor ({declared}), got {_describe(value)}")
+            raise UsageError(f"{param.name} must be a torch tensor ({_declared(param)}), got {_describe(value)}")
         if value.layout is not torch.strided or value.is_nested:
             raise UsageError(f"{param.name} must be a dense tensor")
         if value.dim() != len(param.shape):
             raise UsageError(
-                f"{param.name} must have {len(param.shape)} dimension(s) ({declared}), got {_shape(value)}"
+                f"{param.name} must have {len(param.shape)} dimension(s) ({_declared(param)}), got {_shape(value)}"
             )
         if value.dtype not in _KINDS[param.type]:
             raise UsageError(
-                f"{param.name} must hold {param.type} values ({declared}), got {value.dtype}; "
+                f"{param.name} must hold {param.type} values ({_declared(param)}), got {value.dtype}; "
                 f"convert it with {_CONVERSION[param.type]}"
             )
         if device is not None and value.device != device:
@@ -265,6 +270,8 @@ class Binder:
         for param in self.program.tensors:
             given = tensors[param.name].shape
             for position, (extent, dim) in enumerate(zip(given, param.shape, strict=True)):
+                if isinstance(dim, Size) and sizes.get(dim.name) == extent:
+                    continue
                 if any(isinstance(n, Size) and n.name in HEAD_SIZES and n.name not in sizes for n in postorder(dim)):
                     continue  # lengths alone do not say how many features there are
                 want = _extent(dim, sizes, params, param.name)

@@ -33,6 +33,10 @@ class Kernel:
 
     def __init__(self, plan: KernelPlan, isa: Isa) -> None:
         self.plan, self.isa = plan, isa
+        stream = plan.stream
+        assert stream is not None
+        columns = {a.name: a for a in stream.accumulators}
+        self._outputs = [(out, None if out.column is None else columns[out.column]) for out in stream.outputs]
         self._loaded = Loaded(plan, isa, emit(plan, isa), arguments(plan, isa), ENTRY)
         self._space = getattr(self._loaded.library, SPACE) if isa.matrix else None
         if self._space is not None:
@@ -41,32 +45,23 @@ class Kernel:
 
     def __call__(self, call: Call, schedule: Schedule | None, threads: int) -> dict[str, Tensor]:
         """Return every output of the plan by name."""
-        stream = self.plan.stream
-        assert stream is not None
-        made = {out.name: _start(out, self.plan, call) for out in stream.outputs}
+        made = {out.name: _start(out, column, call) for out, column in self._outputs}
         tensors = {"q": call.q, "k": call.k, "v": call.v, **made}
         if self._space is not None:
             tensors["space"] = torch.empty(self._space(*call.k.shape[:3]), dtype=torch.uint8)
         if schedule is not None:
             threads = min(threads, schedule.threads(call))
         self._loaded.run(call, tensors, schedule, threads)
-        return {out.name: _finish(out, self.plan, made[out.name]) for out in stream.outputs}
+        return {out.name: _finish(out, column, made[out.name]) for out, column in self._outputs}
 
     def nothing(self, call: Call) -> dict[str, Tensor]:
         """Every output of a call without queries."""
-        stream = self.plan.stream
-        assert stream is not None
-        return {out.name: _finish(out, self.plan, _start(out, self.plan, call)) for out in stream.outputs}
+        return {out.name: _finish(out, column, _start(out, column, call)) for out, column in self._outputs}
 
 
-def _column(out: Made, plan: KernelPlan) -> Accumulator | None:
-    assert plan.stream is not None
-    return next((a for a in plan.stream.accumulators if a.name == out.column), None)
-
-
-def _start(out: Made, plan: KernelPlan, call: Call) -> Tensor:
+def _start(out: Made, column: Accumulator | None, call: Call) -> Tensor:
     batch, heads, length, _ = call.q.shape
-    if (column := _column(out, plan)) is not None:
+    if column is not None:
         shares = max(1, SHARES // max(1, batch * heads))
         return torch.full((shares, batch, heads, call.sizes["Lk"]), column.identity, dtype=torch.float32)
     if out.rows is not None:
@@ -74,8 +69,7 @@ def _start(out: Made, plan: KernelPlan, call: Call) -> Tensor:
     return torch.empty((batch, heads, length), dtype=torch.int64 if out.integer else torch.float32)
 
 
-def _finish(out: Made, plan: KernelPlan, made: Tensor) -> Tensor:
-    column = _column(out, plan)
+def _finish(out: Made, column: Accumulator | None, made: Tensor) -> Tensor:
     if column is None:
         return made
     if column.monoid == "sum":
@@ -116,10 +110,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         o = torch.empty((*call.q.shape[:3], call.v.shape[3]), dtype=call.q.dtype)
         return o, torch.empty(call.q.shape[:3], dtype=torch.float32)
     made = outputs(call)
-    blind = call.sizes["Lk"] > 0 and made["lse"][-1, -1, -1] == -math.inf  # most calls are past it with one number
-    if blind and call.closed("k") and bool((made["lse"] == -math.inf).all()):
-        warn_blind(call.program.mask, call.program.name)  # no run map was made, which would have said so
-    return made["o"], made["lse"]
+    lse = made["lse"]
+    # where no run map was made, which would have said so; most calls are past it with one number
+    if call.sizes["Lk"] and call.closed("k") and lse[-1, -1, -1].item() == -math.inf and bool((lse == -math.inf).all()):
+        warn_blind(call.program.mask, call.program.name)
+    return made["o"], lse
 
 
 def outputs(call: Call) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from .build import TRUE, any_of
 from .build import s as _s
@@ -65,7 +66,7 @@ class Program:
     doc: str = field(default="", compare=False)
     returns: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def standard(self) -> bool:
         """Whether the program is one stage of softmax attention with a mask and a score."""
         return (
