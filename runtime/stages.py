@@ -222,7 +222,8 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
             return _plain(own, stage, here, roles, attention, key_tile)
         return _general(own, stage, here, backend)
 
-    made = run_stages(program, env, attend)
+    with torch.autocast(call.q.device.type, enabled=False):
+        made = run_stages(program, env, attend)
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
 
 
