@@ -262,6 +262,8 @@ def compile_to(
     if binary and "" not in texts:
         raise UsageError(f"--binary is for programs of one kernel; {program.name} has parts: {', '.join(texts)}")
     path = Path(out)
+    if not path.name:
+        raise UsageError(f"{path} is a folder; give the name of a file")
     done = []
     for part, text in texts.items():
         file = path.with_stem(f"{path.stem}_{part}") if part else path

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from attnlang.ir import BOOL, FLOAT, Program, Scalar
 
@@ -101,6 +102,35 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     name = schema.partition("(")[0]
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnlang::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"attnlang::{name}", _of_elements(name), lib=LIBRARY)
+
+
+def _of_elements(name: str) -> Callable[..., Any]:
+    """What vmap makes of an operator inside of a graph: a node for each element of the batch; see :mod:`.elements`."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        operator = getattr(torch.ops.attnlang, name)
+        made = [operator(*_element(args, in_dims, i)) for i in range(info.batch_size)]
+        found = _stacked(made) if isinstance(made[0], list) else tuple(map(_stacked, zip(*made, strict=True)))
+        return found, tree_map(lambda _: 0, found)
+
+    return rule
+
+
+def _element(args: Sequence[Any], dims: Sequence[Any], i: int) -> list[Any]:
+    """Arguments, and lists of tensors among them, for element ``i`` of a batch."""
+    found = []
+    for x, dim in zip(args, dims, strict=True):
+        if isinstance(dim, (list, tuple)):
+            x = _element(x, dim, i)
+        found.append(x.select(dim, i) if isinstance(dim, int) else x)
+    return found
+
+
+def _stacked(elements: Sequence[Any]) -> Any:
+    if isinstance(elements[0], (list, tuple)):
+        return [torch.stack(ts) for ts in zip(*elements, strict=True)]
+    return torch.stack(list(elements))
 
 
 def no_gradients(ctx: Any) -> tuple[Any, ...]:

@@ -145,12 +145,16 @@ def parts_of(program: Program) -> Iterator[tuple[str, Program]]:
     """
     shapes = {t.name: t.shape for t in program.tensors}
     made: list[TensorParam] = []
+    stages = {stage.name for stage in program.stages}
     for stage in program.stages:
         if isinstance(stage, Attend):
             lengths = zip(("Lq", "Lk"), stage.lengths, strict=True)
             changed = tuple(name for name, length in lengths if length is not Size(name))
             for part in apart(alone(at_slots(stage))[0]):
-                yield part.name, _program_of(program, part, tuple(made), changed)
+                name = part.name
+                while name in stages and name != stage.name:
+                    name += "_"
+                yield name, _program_of(program, part, tuple(made), changed)
         for name, t in tensors_made(stage, shapes).items():
             shapes[name] = t.shape
             made.append(replace(t, shape=tuple(Size(f"{name}_{d}") for d in range(len(t.shape)))))
@@ -222,7 +226,8 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
             return _plain(own, stage, here, roles, attention, key_tile)
         return _general(own, stage, here, backend)
 
-    made = run_stages(program, env, attend)
+    with torch.autocast(call.q.device.type, enabled=False):
+        made = run_stages(program, env, attend)
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
 
 

@@ -41,16 +41,21 @@ def unwrapped(t: Tensor) -> Tensor:
     return t
 
 
-def under_vmap() -> bool:
-    """Whether any of the transforms is vmap: what runs may then have to do with batches, whatever it is given."""
+def _among(kind: Kind) -> bool:
+    """Whether any of the transforms is of ``kind``."""
     if _functorch.peek_interpreter_stack() is None:
         return False
-    return any(found.key().name == Kind.BATCH.value for found in _functorch.get_interpreter_stack())
+    return any(found.key().name == kind.value for found in _functorch.get_interpreter_stack())
+
+
+def under_vmap() -> bool:
+    """Whether any of the transforms is vmap: what runs may then have to do with batches, whatever it is given."""
+    return _among(Kind.BATCH)
 
 
 def without_kernels(tensors: Iterable[Tensor]) -> bool:
     """Whether ``tensors`` are what no kernel can be given, even by an ``autograd.Function``: those that forward-mode
-    differentiation follows."""
-    if innermost() is Kind.TANGENT:
+    differentiation follows, perhaps from outside of other transforms."""
+    if _among(Kind.TANGENT):
         return True
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -27,14 +27,14 @@ class Grid:
     Extents are attributes, so that numbers among them become parameters as other numbers of functions do.
     """
 
-    def __init__(self, **extents: Length) -> None:
+    def __init__(self, /, **extents: Length) -> None:
         vars(self).update(extents)
 
     def __call__(self, index: Any) -> Any:
         """Return the coordinates of ``index``, an int or an int tensor, as a named tuple.
 
         Raises:
-            UsageError: an extent is known in a program only.
+            UsageError: an extent is known in a program only, or the index holds no ints.
             TraceError: the index or an extent is not what a grid can be made of.
         """
         extents = vars(self)
@@ -43,7 +43,11 @@ class Grid:
             return point(*on_grid(index, {name: _traced(name, value) for name, value in extents.items()}))
         if unknown := [name for name, value in extents.items() if type(value) is not int]:
             raise UsageError(f"the extent of {unknown[0]!r} is known in the function of a program only")
+        if type(index) is not int and not isinstance(index, torch.Tensor):
+            raise UsageError(f"a grid is given a {type(index).__name__}; an index is an int or an int tensor")
         where = torch.as_tensor(index)
+        if where.dtype is torch.bool or where.is_floating_point() or where.is_complex():
+            raise UsageError(f"a grid is given a {where.dtype} tensor; an index is an int or an int tensor")
         numbers = [Const(value, INT) for value in extents.values()]
         found = build.coordinates(build.q, numbers)
         return point(*(evaluate(e, Environment({"q": where}, device=where.device)) for e in found))

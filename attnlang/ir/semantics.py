@@ -161,8 +161,8 @@ def operand_rows(operand: Operand, env: Environment, region: Region, axis: str) 
         heads = region.heads
         if operand.index == KEY_ADDRESS and t.shape[1] != env.sizes["H"]:
             heads = heads // max(1, env.sizes["H"] // max(1, t.shape[1]))
-        batch = region.batch.clamp(max=max(t.shape[0] - 1, 0))  # one batch of keys may serve all queries
-        for axis_dim, which in enumerate((batch, heads, vector)):
+        for axis_dim, which in enumerate((region.batch, heads, vector)):  # one batch of keys may serve all queries
+            which = which.clamp(max=max(t.shape[axis_dim] - 1, 0))
             if not _is_all(which, t.shape[axis_dim]):
                 t = t.index_select(axis_dim, which)
         return t.to(env.float_dtype)

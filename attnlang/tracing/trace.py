@@ -31,6 +31,7 @@ from .hook import SIGNATURE, Hook, code_of, mod_name, run_hook
 from .lift import Lifter, Reached, reach
 from .state import TraceState
 from .tensor import LiftedScalarUsed, wrap
+from .transforms import outside_of_transforms
 
 __all__ = ["Ask", "Traced", "trace", "trace_stages", "unwrap"]
 
@@ -106,7 +107,7 @@ class _Attempt:
 
 def _once(job: _Attempt, baked: frozenset[str] | None, name: str) -> Traced:
     """Trace with every number lifted but ``baked`` (None: all baked)."""
-    with TraceState(job.reached.names, job.device, job.dtype, job.taken) as state:
+    with TraceState(job.reached.names, job.device, job.dtype, job.taken) as state, outside_of_transforms():
         scalars = _Scalars(state, baked)
         lifter = Lifter(scalars.replace)
         roots: list[Expr] = []

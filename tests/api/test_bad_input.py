@@ -192,3 +192,22 @@ def test_sources_of_the_parts_of_a_program(target: str) -> None:
     assert list(al.compile(al.library.gated_duo).sources(target)) == ["attend_0", "attend_1"]
     causal = al.compile(al.parse("pattern p: mask = k <= q"))
     assert causal.sources(target) == {"attend": causal.source(target)}
+
+
+def test_parts_are_not_confused_with_other_stages() -> None:
+    program = al.parse("""
+pattern two:
+    attend a:
+        branch near:
+            mask = k <= q
+        branch far:
+            mask = k > q
+        output x = sum(w * V, over=k, branch=near)
+        output y = sum(w * V, over=k, branch=far)
+    attend a_1:
+        normalize = elementwise(sigmoid(s))
+    rows o[B, H, Lq, Dv] = a_1[b, h, q, d] + x[b, h, q, d] + y[b, h, q, d]
+""")
+    made = al.compile(program).sources("cpu")
+    assert list(made) == ["a_0", "a_1_", "a_1"]
+    assert len(set(made.values())) == 3

@@ -95,6 +95,8 @@ def test_compile_keeps_the_old_file_when_it_fails(invoke: Invoke, broken: Path, 
     assert invoke("compile", broken, "-o", out).exit_code == 1
     assert out.read_text() == "precious"
     said(invoke("compile", "causal", "-o", tmp_path / "no" / "kernel.cpp"), "cannot write")
+    for program in ("causal", "anchor"):
+        said(invoke("compile", program, "-o", "."), ". is a folder; give the name of a file")
 
 
 def test_compile_onto_a_full_or_locked_disk(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

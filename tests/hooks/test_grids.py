@@ -135,6 +135,10 @@ def test_the_first_grid_of_an_axis_counts() -> None:
     assert [e.value for _, e in shape] == [4, 5]
 
 
+def test_any_name_is_a_coordinate() -> None:
+    assert [int(i) for i in al.grid(self=3, index=4)(7)] == [1, 3]
+
+
 MISTAKES = {
     "no coordinates": (lambda: al.grid(), "one to three coordinates, got 0"),
     "four": (lambda: al.grid(a=1, b=1, c=1, d=1), "one to three coordinates, got 4"),
@@ -145,6 +149,8 @@ MISTAKES = {
     "computed": (lambda: al.program(lambda q, k, Lq: al.grid(x=Lq - Lq * 2 + 0 * k)(q).x > 0), "reads k"),
     "function": (lambda: al.program(neighborhood(lambda q: q, 5, 1)), "the extent of 'y' reads 'q'"),
     "float index": (lambda: al.program(lambda q: al.grid(y=2, x=2)(q * 0.5).x > 0), "a grid is given a float value"),
+    "index of floats": (lambda: al.grid(y=2, x=2)(torch.tensor([1.5])), "a grid is given a torch.float32 tensor"),
+    "truth as index": (lambda: al.grid(y=2, x=2)(True), "a grid is given a bool"),
     "coordinate": (lambda: al.program(lambda q: al.grid(y=2, x=2)(q).z > 0), "'z'"),
     "outside": (lambda: al.grid(y="Lq // 2", x=2)(torch.arange(4)), "known in the function of a program only"),
 }

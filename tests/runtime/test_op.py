@@ -115,3 +115,22 @@ def test_results_of_a_programs_own_in_one_graph() -> None:
         torch.testing.assert_close(a, b)
     args = (q, k, v, [rate], [25], [], 0.25, attention._handle)
     torch.library.opcheck(torch.ops.attnlang.run.default, args)
+
+
+def test_vmap_in_one_graph() -> None:
+    bias, general = (
+        al.compile(al.parse("pattern p(t: float[Lq, Lk]): score = s + t[q, k]")),
+        al.compile(al.parse(GENERAL)),
+    )
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 1, n, 9, 4, requires_grad=True) for n in (4, 2, 2))
+    t, rate = torch.randn(9, 9, 2, requires_grad=True), torch.randn(4, requires_grad=True)
+
+    def one(q, k, v, t):
+        return bias(q, k, v, t=t) * general(q, k, v, rate=rate, return_aux=True)[1]["entropy"][..., None]
+
+    batch = torch.vmap(one, in_dims=(0, 0, 0, -1))
+    want, got = batch(q, k, v, t), torch.compile(batch, fullgraph=True, backend="aot_eager")(q, k, v, t)
+    torch.testing.assert_close(got, want)
+    found, expected = (torch.autograd.grad(x.sin().sum(), (q, k, v, t, rate)) for x in (got, want))
+    torch.testing.assert_close(found, expected)

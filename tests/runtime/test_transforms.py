@@ -184,3 +184,58 @@ def test_tangents_are_not_lost() -> None:
     with torch.autograd.forward_ad.dual_level():
         made = ours("causal")(torch.autograd.forward_ad.make_dual(q, k), k, v)
         same(torch.autograd.forward_ad.unpack_dual(made).tangent, want)
+
+
+SECOND: dict[str, Callable[..., Callable[..., object]]] = {
+    "hessian": torch.func.hessian,
+    "tangents of gradients": lambda f: _tangent(torch.func.grad(f)),
+    "vmap of hessian": lambda f: lambda x: torch.vmap(torch.func.hessian(f))(torch.stack([x, x.flip(-1)])),
+}
+
+
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("transform", SECOND)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_tangents_around_gradients(name: str, transform: str) -> None:
+    q, k, v = (x[:, :1, :, :2] for x in rows())
+
+    def run(f: Attention) -> object:
+        return SECOND[transform](lambda q: _value(f, q, k, v))(q)
+
+    same(run(ours(name)), run(dense(name)))
+
+
+CAPTURES: dict[str, Callable[[Tensor], Callable[..., Tensor]]] = {
+    "nothing": lambda t: lambda s, b, h, q, k: s * 2,
+    "elements": lambda t: lambda s, b, h, q, k: s + t[q, k],
+    "views": lambda t: lambda s, b, h, q, k: s + t.view(-1)[q] * t.T[q, k],
+    "elements that are taken": lambda t: lambda s, b, h, q, k: s + t[0].take(k) + t.index_select(0, q.view(1))[0, k],
+    "what is computed of it": lambda t: lambda s, b, h, q, k: torch.where(q > k, (t * 2)[q, k], s),
+    "rows": lambda t: lambda s, b, h, q, k: s + t[q] @ t[k],
+}
+AROUND: dict[str, Callable[..., Callable[..., object]]] = {
+    "grad": torch.func.grad,
+    "vmap of grad": lambda f: lambda t: torch.vmap(torch.func.grad(f))(torch.stack([t, t * 2])),
+    "jvp": _tangent,
+}
+
+
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize("transform", AROUND)
+@pytest.mark.parametrize("captured", CAPTURES)
+def test_functions_traced_inside_of_transforms(captured: str, transform: str) -> None:
+    """Such operations made a program that read memory which does not exist."""
+    q, k, v = (x[:1, :2, :6] for x in rows())
+
+    def ours(t: Tensor) -> Tensor:
+        return al.flex_attention(q, k, v, score_mod=CAPTURES[captured](t)).square().sum()
+
+    def dense(t: Tensor) -> Tensor:
+        score, at = CAPTURES[captured](t), torch.arange(6)
+        s = q @ k.mT * q.shape[-1] ** -0.5
+        made = [[score(s[..., i, j], 0, 0, at[i], at[j]) for j in range(6)] for i in range(6)]
+        scores = torch.stack([torch.stack(row, -1) for row in made], -2)
+        return (scores.softmax(-1) @ v).square().sum()
+
+    t = torch.randn(6, 6)
+    same(AROUND[transform](ours)(t), AROUND[transform](dense)(t))

@@ -89,3 +89,24 @@ def test_bodies_that_add_up_products(dtype: torch.dtype) -> None:
     got = al.compile(program, backend="cpp")(q, k, v, **given)
     close = 2e-2 if dtype is torch.bfloat16 else 2e-5
     torch.testing.assert_close(got.double(), want.double(), atol=close, rtol=close)
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    q, k, v = (torch.randn(1, 2, 12, 4) for _ in range(3))
+    call = al.compile(relation("k <= q"))
+    want = results(call(q, k, v, more=k, return_aux=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = results(call(q, k, v, more=k, return_aux=True))
+    for name, t in want.items():
+        torch.testing.assert_close(made[name], t, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_bare_rows_of_fewer_heads_and_rows_stand_for_queries(backend: str | None) -> None:
+    """Addresses outside of a tensor move to the nearest row, those that are not written among them."""
+    program = al.parse("pattern p:\n    term t = dot(V, K)\n    score = s * t\n")
+    q, (k, v) = torch.randn(1, 4, 12, 4), (torch.randn(1, 2, 9, 4) for _ in range(2))
+    near, keys = v[:, [0, 1, 1, 1]][:, :, [*range(9), 8, 8, 8]], k.repeat_interleave(2, 1)
+    scores = q @ keys.mT / 2 * (near @ keys.mT)
+    want = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(al.compile(program, backend=backend)(q, k, v), want, atol=2e-5, rtol=2e-5)
