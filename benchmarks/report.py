@@ -20,6 +20,8 @@ LONGEST = 16
 """Rows of a benchmark without a table of its own that are still shown."""
 
 Rows: TypeAlias = list[dict[str, Any]]
+Tables: TypeAlias = dict[str, tuple[str, Callable[[Rows], list[str]]]]
+"""Titles and renderers of results, by the name of the benchmark."""
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -231,7 +233,7 @@ def resources(rows: Rows) -> list[str]:
     return table(["target", "compiled", "registers, at most", "spill", "spilled bytes", "shared bytes"], lines)
 
 
-TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+TABLES: Tables = {
     "cpu_forward": ("Forward on the CPU, N = 4096, H = 8, D = 64: milliseconds a call", comparison),
     "cpu_forward_bfloat16": ("The same in bfloat16", comparison),
     "cpu_backward": ("Training steps on the CPU, H = 8 (flex_attention refuses to train there)", training),
@@ -253,7 +255,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
 }
 
 
-HEADLINES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+HEADLINES: Tables = {
     "cpu_forward": TABLES["cpu_forward"],
     "cpu_backward": ("Training steps on the CPU, H = 8 (flex_attention refuses to train there)", longest_steps),
     "mechanisms": ("Whole mechanisms on the CPU, float32, D = 64", compositions),
@@ -261,7 +263,7 @@ HEADLINES: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
     "first_call": TABLES["first_call"],
 }
 
-MAPS: dict[str, tuple[str, Callable[[Rows], list[str]]]] = {
+MAPS: Tables = {
     "sparsity": ("The maps of all library programs in tiles of 128", library_maps),
 }
 
@@ -270,7 +272,7 @@ class Page(NamedTuple):
     """A page with tables between marks; ``others`` says that benchmarks without a table of their own are shown too."""
 
     path: str
-    tables: dict[str, tuple[str, Callable[[Rows], list[str]]]]
+    tables: Tables
     others: bool = False
 
 

@@ -43,17 +43,24 @@ def _apart(run: Run, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class _Pull:
-    """Gradients of the tensors at ``places`` from all tensors and the gradients of float results."""
+class _Derivative:
+    """A function of all ``count`` tensors and of more that concerns those at ``places``."""
 
     run: Run
     count: int
     places: tuple[int, ...]
 
+    def split(self, given: tuple[Tensor, ...]) -> tuple[_Partial, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The float results as a function of the tensors at ``places``, these tensors, and what is given beyond all."""
+        tensors, more = given[: self.count], given[self.count :]
+        return _Partial(self.run, tensors, self.places), tuple(tensors[i] for i in self.places), more
+
+
+class _Pull(_Derivative):
+    """Gradients of the tensors at ``places`` from all tensors and the gradients of float results."""
+
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
-        tensors, grads = given[: self.count], given[self.count :]
-        run = _Partial(self.run, tensors, self.places)
-        wanted = [tensors[i] for i in self.places]
+        run, wanted, grads = self.split(given)
         if innermost() is not Kind.NONE or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
             found = differentiable(lambda inputs: run(*inputs), wanted, [True] * len(wanted), grads)
             return tuple(t for t in found if t is not None)
@@ -67,18 +74,11 @@ class _Pull:
         )
 
 
-@dataclass(frozen=True)
-class _Push:
+class _Push(_Derivative):
     """Tangents of float results from all tensors and the tangents of those at ``places``."""
 
-    run: Run
-    count: int
-    places: tuple[int, ...]
-
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
-        tensors, tangents = given[: self.count], given[self.count :]
-        run = _Partial(self.run, tensors, self.places)
-        wanted = tuple(tensors[i] for i in self.places)
+        run, wanted, tangents = self.split(given)
         made: tuple[Tensor, ...] = torch.func.jvp(run, wanted, tangents)[1]
         return made
 

@@ -75,19 +75,23 @@ def plan_for(
 
 def is_one_kernel(program: Program) -> bool:
     """Whether :func:`source` has the kernel of a program, and :func:`sources` is not needed."""
+    return not _why_several(program)
+
+
+def _why_several(program: Program) -> str:
+    """Why a program is not one kernel, empty if it is."""
     from .compiled import why_none
 
-    return len(program.stages) == 1 and not why_none(program.attend)
+    if len(program.stages) > 1:
+        return f"{program.name} has {len(program.stages)} stages and is not one kernel"
+    reason = why_none(program.attend)
+    return f"{program.name} is not one kernel: {reason}" if reason else ""
 
 
 def _check_one_kernel(program: Program) -> None:
-    from .compiled import why_none
-
-    ways = "call it with al.compile, which makes the kernels of all its parts, or see .sources(target)"
-    if len(program.stages) > 1:
-        raise UsageError(f"{program.name} has {len(program.stages)} stages and is not one kernel; {ways}")
-    if reason := why_none(program.attend):
-        raise UsageError(f"{program.name} is not one kernel: {reason}; {ways}")
+    if reason := _why_several(program):
+        ways = "call it with al.compile, which makes the kernels of all its parts, or see .sources(target)"
+        raise UsageError(f"{reason}; {ways}")
 
 
 def _exact(program: Program) -> bool:

@@ -55,7 +55,6 @@ __all__ = ["parts_of", "run", "softmax_roles"]
 NARROW = 16
 """Keys in a tile of a stage that was taken apart: branches often share the keys out among them, at any number."""
 
-TILE = (128, 128)
 SPARSE = 90.0
 """Per cent of pairs in empty tiles from which on the blockwise executor is the faster way to further score terms."""
 
@@ -190,7 +189,7 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
             """Whether kernels run a stage of one term, and it sees enough of all pairs."""
             if without_kernels((*here.operands.values(), *here.tensors.values())) or not all(map(served, apart(alone))):
                 return False
-            return backend is not None or _runs_of(own, with_one, here)[2](TILE).sparsity() < SPARSE
+            return backend is not None or _runs_of(own, with_one, here)[2](buckets.TILE).sparsity() < SPARSE
 
         found = lowered(with_one, here, own.scale, pays)
         inner = replace(here, tensors={**here.tensors, **found.tensors})

@@ -12,7 +12,7 @@ import torch
 from attnlang.ir import INT, Const, Environment, Expr, UsageError, build, evaluate
 from attnlang.tracing import TracedTensor, on_grid, wrap
 
-from .reading import SIZES, asked, in_words, is_function
+from .reading import SIZES, in_words, is_function, sizes_asked
 from .specs import Length
 
 __all__ = ["Grid", "grid"]
@@ -96,7 +96,4 @@ def _traced(name: str, value: Length) -> Any:
         return in_words(kind, value)
     if not is_function(value):
         return value
-    names = list(asked(kind, value))
-    if wrong := [n for n in names if n not in SIZES]:
-        raise UsageError(f"{kind} reads {wrong[0]!r}; a size reads sizes: {', '.join(SIZES)}")
-    return value(*(wrap(SIZES[n], torch.int64) for n in names))
+    return value(*(wrap(SIZES[n], torch.int64) for n in sizes_asked(kind, value)))

@@ -32,7 +32,7 @@ from attnlang.tracing import Ask, Hook, NamedTensor, unwrap
 
 from .specs import Length, Mod, Value
 
-__all__ = ["ALIASES", "AXES", "OPERANDS", "SIZES", "Reader", "asked", "in_words", "is_function"]
+__all__ = ["ALIASES", "AXES", "OPERANDS", "SIZES", "Reader", "in_words", "is_function", "sizes_asked"]
 
 Known: TypeAlias = "Mapping[str, Expr] | Mapping[str, Expr | NamedTensor]"
 
@@ -129,7 +129,7 @@ class Reader:
 
     def _arguments(self, kind: str, mod: Mod, known: Known) -> list[Expr | NamedTensor]:
         """What the parameters of ``mod`` ask for by their names."""
-        return [self._found(kind, name, known) for name in asked(kind, mod)]
+        return [self._found(kind, name, known) for name in _asked(kind, mod)]
 
     def _found(self, kind: str, name: str, known: Known) -> Expr | NamedTensor:
         own = ALIASES.get(name, name)
@@ -204,12 +204,19 @@ class Reader:
             raise UsageError(f"{kind} is at least 1, got {value}")
         if isinstance(value, int):
             return build.const(value)
-        if wrong := [n for n in asked(kind, value) if n not in SIZES]:  # a size is known before anything is computed
-            raise UsageError(f"{kind} reads {wrong[0]!r}; a size reads sizes: {', '.join(SIZES)}")
+        sizes_asked(kind, value)  # refuses all else: a size is known before anything is computed
         return self.value(kind, value, {}, INT)
 
 
-def asked(kind: str, mod: Mod) -> Iterator[str]:
+def sizes_asked(kind: str, mod: Mod) -> list[str]:
+    """Names of the sizes that ``mod`` reads, which must be all that it reads."""
+    names = list(_asked(kind, mod))
+    if wrong := [n for n in names if n not in SIZES]:
+        raise UsageError(f"{kind} reads {wrong[0]!r}; a size reads sizes: {', '.join(SIZES)}")
+    return names
+
+
+def _asked(kind: str, mod: Mod) -> Iterator[str]:
     """Names by which ``mod`` asks for what it reads."""
     try:
         return _required(list(inspect.signature(mod).parameters.values()))
