@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-import jinja2
-from jinja2.bccache import Bucket
 
 from attnlang.ir import Expr, Index, Input, format_program, postorder
 from attnlang.passes.levels import Level
@@ -20,45 +14,20 @@ from attnlang.passes.widths import Width
 from .cpp_arguments import arguments
 from .cpp_features import FeaturePrinter, scores_text
 from .cpp_printer import ELEMENTS, VECTORS, CppPrinter, comment, declaration
+from .cpp_render import needs, render
+from .cpp_rows import rows_text
 from .cpp_runs import bounds_text
 from .cpp_steps import epilogue, state, step_text
 from .isa import COMMON_FLAGS, Isa
 from .plan import KernelPlan, Section, Step, SweepStep
 
-__all__ = ["ENTRY", "SPACE", "emit", "keep_templates"]
+__all__ = ["ENTRY", "SPACE", "emit"]
 
 ENTRY = "attnlang_forward"
 """Name of the exported function."""
 
 SPACE = "attnlang_space"
 """Name of the function that says how much memory a kernel for a matrix unit needs."""
-
-_POLYNOMIALS = {
-    # minimax fits, lowest power first, relative error in parentheses; float32 rounding comes on top
-    "exp2": ("1.0", "0.693147004", "0.240222424", "0.0555073358", "0.00967151299", "0.00132647238"),  # 9e-8
-    "exp2_long": (  # 2e-9
-        "1.0",
-        "0.693147182",
-        "0.240226477",
-        "0.0555033237",
-        "0.00961843692",
-        "0.0013398875",
-        "0.000153533605",
-    ),
-    "exp": ("0.49999994", "0.166665211", "0.041668389", "0.00836871006", "0.00138146136"),  # 3e-9
-    "log": ("0.666666627", "0.400003344", "0.285373092", "0.235821575"),  # 1e-11 before rounding
-    "tanh": ("-0.333332837", "0.133314908", "-0.0537434928", "0.0206505749", "-0.00571703259"),  # 4e-9
-}
-
-_NEEDS = {
-    **dict.fromkeys(("floor", "ceil", "round", "trunc"), ("whole",)),
-    **dict.fromkeys(("exp", "exp2"), ("scaled",)),
-    **dict.fromkeys(("tanh", "sigmoid"), ("exp", "scaled")),
-    **dict.fromkeys(("log", "log2"), ("logarithm",)),
-    **dict.fromkeys(("floordiv", "mod"), ("divide",)),
-    "rsqrt": ("sqrt",),
-}
-"""Helpers that the definition of an operator stands on."""
 
 
 @dataclass(frozen=True)
@@ -75,42 +44,6 @@ class _Loop:
     changes: bool
     by_halves: bool = False
     """Whether the mask is known before the scores, and corners it hides are left out."""
-
-
-class _Compiled(jinja2.FileSystemBytecodeCache):
-    """Compiled templates on disk; a folder that cannot be used costs time and nothing else."""
-
-    def load_bytecode(self, bucket: Bucket) -> None:
-        with contextlib.suppress(OSError):
-            super().load_bytecode(bucket)
-
-    def dump_bytecode(self, bucket: Bucket) -> None:
-        with contextlib.suppress(OSError):
-            super().dump_bytecode(bucket)
-
-
-_compiled: _Compiled | None = None
-
-
-def keep_templates(folder: Path) -> None:
-    """Keep compiled templates, before any is rendered, in a folder only its user can write."""
-    global _compiled
-    if _compiled is None:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            _compiled = _Compiled(str(folder))
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        bytecode_cache=_compiled,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
 
 
 def emit(plan: KernelPlan, isa: Isa) -> str:
@@ -133,12 +66,9 @@ def emit(plan: KernelPlan, isa: Isa) -> str:
         "scores": scores_text(printer),
         "shares": [(out.column, out.name) for out in stream.outputs if out.column is not None],
     }
-    return render("cpp_forward.j2", **kernel_text(printer, isa), **pieces, arguments=arguments(plan, isa))
-
-
-def render(template: str, **text: Any) -> str:
-    """Render a template of the target; a name it misses is an error."""
-    return _environment().get_template(template).render(**text)
+    maps = {name: None if m is None else rows_text(m) for name, m in (("before", plan.before), ("after", plan.after))}
+    printer.helpers |= {helper for m in maps.values() if m is not None for helper in m.helpers}
+    return render("cpp_forward.j2", **maps, **kernel_text(printer, isa), **pieces, arguments=arguments(plan, isa))
 
 
 def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
@@ -163,8 +93,7 @@ def kernel_text(printer: CppPrinter, isa: Isa) -> dict[str, Any]:
         "head_dim": plan.head_dim,
         "value_dim": plan.value_dim,
         "element": ELEMENTS[plan.dtype],
-        "operators": printer.helpers | {need for name in printer.helpers for need in _NEEDS.get(name, ())},
-        "poly": _POLYNOMIALS,
+        "operators": needs(printer.helpers),
         "grid": grid,
         "row": row,
         "row_declarations": [f"{VECTORS[plan.width(v.expr)]} {v.name}[ROW_VECTORS];" for v in (*plan.row, *later)],

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from attnlang.ir import BOOL, FLOAT, Size
 
 from .cpp_printer import ELEMENTS, SCALARS
+from .facts import Facts
 from .isa import Isa
 from .plan import KernelPlan
 
-__all__ = ["Arguments", "Field", "arguments"]
+__all__ = ["Arguments", "Field", "arguments", "captured"]
 
 
 TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "order")
@@ -72,7 +73,8 @@ def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
     """Return the argument record of ``plan``, in the order of the record."""
     fields = [*_operand("q"), *_operand("k"), *_operand("v")]
     fields += _outputs(plan)
-    names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.sizes))
+    maps = [m for m in (plan.before, plan.after) if m is not None]
+    names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.sizes, *(name for m in maps for name in m.sizes)))
     fields += [Field(f"n_{name}", "int64", ("size", name)) for name in names]
     fields += [Field("k_batches", "int64", ("extent", "k", "0")), Field("scale", "double", ("scale",))]
     if plan.key_row is not None:
@@ -82,7 +84,15 @@ def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
         fields += [Field(name, "int64", ("runs", name)) for name in ("map_batch", "map_heads")]
     if isa is not None and isa.matrix:
         fields.append(Field("space", "void *", ("pointer", "space")))
-    local = []
+    found, local = captured(plan)
+    more = [f for m in maps for f in captured(m)[0]]
+    return Arguments((*fields, *dict.fromkeys((*found, *more))), local)
+
+
+def captured(plan: Facts) -> tuple[list[Field], tuple[str, ...]]:
+    """Members for captured tensors and parameters, and the local names of these and of sizes."""
+    fields: list[Field] = []
+    local: list[str] = []
     for name in plan.sizes:
         kind = SCALARS[plan.width(Size(name))]
         local.append(f"const {kind} n_{name} = ({kind})a.n_{name};")
@@ -100,4 +110,4 @@ def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
         width = plan.width(scalar)
         cast = f"a.p_{scalar.name} != 0" if scalar.type is BOOL else f"({SCALARS[width]})a.p_{scalar.name}"
         local.append(f"const {SCALARS[width]} p_{scalar.name} = {cast};")
-    return Arguments(tuple(fields), tuple(local))
+    return fields, tuple(local)

@@ -16,10 +16,11 @@ from attnlang.passes.levels import Level
 from attnlang.passes.pullback import DP, SETTLED
 from attnlang.passes.widths import Width
 
-from .cpp import kernel_text, loop_text, render
+from .cpp import kernel_text, loop_text
 from .cpp_arguments import Arguments, Field, arguments
 from .cpp_features import FeaturePrinter, gradients_text, scores_text
 from .cpp_printer import CppPrinter, declaration
+from .cpp_render import render
 from .isa import Isa
 from .plan import CapturedGrad, KernelPlan, Section, SweepStep
 
@@ -166,7 +167,7 @@ def backward_arguments(plan: KernelPlan, isa: Isa) -> Arguments:
 
 class _Printer(FeaturePrinter):
     def input(self, node: Input, at: Level) -> str:
-        return self._spread(node.name, node, at) if node.axes == "bhk" else super().input(node, at)
+        return self.spread(node.name, node, at) if node.axes == "bhk" else super().input(node, at)
 
     def operation(self, node: Op, at: Level) -> str:
         if at is Level.PAIR and self._is_shifted(node):
@@ -203,7 +204,7 @@ class _Printer(FeaturePrinter):
         return [
             ""
             if level is Level.GRID and self.plan.level(index) is not Level.GRID
-            else self._clamped(index, level, level is Level.PAIR, f"a.t_{load.tensor}_n{n}", low, high)
+            else self.clamped(index, level, level is Level.PAIR, f"a.t_{load.tensor}_n{n}", low, high)
             for n, (index, (low, high)) in enumerate(zip(load.indices, self.plan.load_guards(load), strict=True))
         ]
 

@@ -30,7 +30,7 @@ class FeaturePrinter(CppPrinter):
     def input(self, node: Input, at: Level) -> str:
         if node is LEFT:
             return "x[v]"
-        return self._spread("y", node, at) if node is RIGHT else super().input(node, at)
+        return self.spread("y", node, at) if node is RIGHT else super().input(node, at)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import ClassVar
 
 from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size, format_expr
 from attnlang.passes.levels import Level
@@ -11,9 +12,9 @@ from attnlang.passes.widths import Width
 from attnlang.sparsity.closed_form import KEY_TILE, RANGES
 
 from .plan import KernelPlan, Value
-from .printer import Printer
+from .printer import Plan, Printer
 
-__all__ = ["ELEMENTS", "SCALARS", "VECTORS", "CppPrinter", "comment", "declaration"]
+__all__ = ["ELEMENTS", "SCALARS", "VECTORS", "CppExpressions", "CppPrinter", "comment", "declaration"]
 
 SCALARS = {Width.BOOL: "bool", Width.I32: "int", Width.I64: "int64", Width.F32: "float"}
 VECTORS = {Width.BOOL: "vbool", Width.I32: "vint", Width.I64: "vint64", Width.F32: "vfloat"}
@@ -32,8 +33,6 @@ ELEMENTS = {
     "bool": "unsigned char",
 }
 """C++ element type of a tensor by dtype name."""
-
-_LANED = frozenset((Level.ROW, Level.PAIR))
 
 _INFIX = {
     "add": "+",
@@ -94,12 +93,16 @@ _FORMATS = {
 }
 
 
-class CppPrinter(Printer):
-    """Prints the expressions of one plan; ``helpers`` collects the operators the file must define."""
+class CppExpressions(Printer[Plan]):
+    """Prints the expressions of one plan, whose values of the levels ``laned`` are vectors.
+
+    ``helpers`` collects the operators the file must define.
+    """
 
     formats = _FORMATS
+    laned: ClassVar[frozenset[Level]]
 
-    def __init__(self, plan: KernelPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self.helpers: set[str] = set()
 
@@ -111,12 +114,6 @@ class CppPrinter(Printer):
 
     # leaves
 
-    def reference(self, node: Expr, name: str, at: Level) -> str:
-        level = self.plan.level(node)
-        if level is Level.ROW:
-            return f"{name}[w]"
-        return self._spread(name, node, at) if level is not Level.PAIR else name
-
     def constant(self, node: Const, at: Level) -> str:
         if node.type is BOOL:
             text = "true" if node.value else "false"
@@ -124,36 +121,22 @@ class CppPrinter(Printer):
             text = _float_literal(float(node.value))
         else:
             text = _int_literal(int(node.value), self.plan.width(node))
-        return self._spread(text, node, at)
-
-    def index(self, node: Index, at: Level) -> str:
-        if node.axis == "q":
-            return "query[w]"
-        return self._spread({"k": "key"}.get(node.axis, node.axis), node, at)
+        return self.spread(text, node, at)
 
     def size(self, name: str, at: Level) -> str:
-        return self._spread(f"n_{name}", Size(name), at)
+        return self.spread(f"n_{name}", Size(name), at)
 
     def parameter(self, node: Param, at: Level) -> str:
-        return self._spread(f"p_{node.name}", node, at)
+        return self.spread(f"p_{node.name}", node, at)
 
-    def input(self, node: Input, at: Level) -> str:
-        if node in RANGES:  # of run bounds
-            return "TILE" if node is KEY_TILE else node.name
-        if "k" in node.axes:
-            return node.name
-        held = f"rows.{node.name}[w]"  # an accumulator at the end of its pass
-        stream = self.plan.stream
-        return f"({held} * LOG_2)" if self.plan.binary and stream and node.name == stream.shift else held
-
-    def _spread(self, text: str, node: Expr, at: Level) -> str:
-        return f"{_SPLAT[self.plan.width(node)]}({text})" if at in _LANED else text
+    def spread(self, text: str, node: Expr, at: Level) -> str:
+        return f"{_SPLAT[self.plan.width(node)]}({text})" if at in self.laned else text
 
     # operators
 
     def operation(self, node: Op, at: Level) -> str:
         args = [self.argument(node, a, at) for a in node.args]
-        laned = at in _LANED
+        laned = at in self.laned
         if node.op in _LOGIC:
             return f"({args[0]} {_LOGIC[node.op][laned]} {args[1]})"
         if node.op == "not":
@@ -166,6 +149,9 @@ class CppPrinter(Printer):
             return f"({args[0]} {'/' if node.op == 'floordiv' else '%'} {args[1]})"
         if node.op == "where" and self.plan.width(node) is Width.BOOL and laned:
             return f"(({args[0]} & {args[1]}) | (~{args[0]} & {args[2]}))"
+        if node.op == "pow" and isinstance(node.args[1], Const) and node.args[1].value == 2:
+            self.helpers.add("square")
+            return f"op::square({args[0]})"
         if node.op in _CALLS or node.op == "to_int":
             self.helpers.add(node.op)
         text = self.formats[node.op].format(*args, args=", ".join(args))
@@ -181,10 +167,10 @@ class CppPrinter(Printer):
         """Whether C's own ``/`` and ``%`` mean the same, and compilers have fast code for them."""
         a, b = node.args
         positive = self.plan.never_negative(a) and self.plan.never_negative(b) and self.plan.never_zero(b)
-        return positive and (isinstance(b, Const) or self.plan.level(node) not in _LANED)
+        return positive and (isinstance(b, Const) or self.plan.level(node) not in self.laned)
 
     def convert(self, text: str, have: Width, want: Width, at: Level) -> str:
-        if at not in _LANED:
+        if at not in self.laned:
             return f"({SCALARS[want]}){text}"
         if have is Width.BOOL:
             text, have = f"(-{text})", Width.I32  # a true lane is -1
@@ -195,9 +181,9 @@ class CppPrinter(Printer):
     def load(self, node: Load, at: Level) -> str:
         fixed, moving = [f"t_{node.tensor}"], []
         for d, (index, (low, high)) in enumerate(zip(node.indices, self.plan.load_guards(node), strict=True)):
-            laned = at in _LANED and self.plan.level(index) in _LANED
+            laned = at in self.laned and self.plan.level(index) in self.laned
             level = at if laned else Level.GRID
-            text = self._clamped(index, level, laned, f"a.t_{node.tensor}_n{d}", low, high)
+            text = self.clamped(index, level, laned, f"a.t_{node.tensor}_n{d}", low, high)
             stride = f"t_{node.tensor}_s{d}"
             if not laned:
                 fixed.append(f"(int64){text} * {stride}")
@@ -212,7 +198,7 @@ class CppPrinter(Printer):
     def _fetch(self, node: Load, at: Level, base: str, offsets: str) -> str:
         width = self.plan.width(node)
         boolean = node.type is BOOL
-        if at not in _LANED:
+        if at not in self.laned:
             return f"(number(*({base})) != 0)" if boolean else f"({SCALARS[width]})number(*({base}))"
         if not offsets:  # the same element for every query
             value = f"(number(*({base})) != 0)" if boolean else f"({SCALARS[width]})number(*({base}))"
@@ -220,7 +206,7 @@ class CppPrinter(Printer):
         element = SCALARS[width]
         return f"gather_{element}({base}, {offsets})"
 
-    def _clamped(self, index: Expr, at: Level, laned: bool, extent: str, low: bool, high: bool) -> str:
+    def clamped(self, index: Expr, at: Level, laned: bool, extent: str, low: bool, high: bool) -> str:
         own = self.plan.width(index)
         text = self.text(index, at)
         if not (low or high):
@@ -231,14 +217,40 @@ class CppPrinter(Printer):
         return f"{name}<{kind}>({text}{last})"
 
 
+class CppPrinter(CppExpressions[KernelPlan]):
+    """Expressions of a kernel over pairs, where one query is one lane."""
+
+    laned = frozenset((Level.ROW, Level.PAIR))
+
+    def reference(self, node: Expr, name: str, at: Level) -> str:
+        level = self.plan.level(node)
+        if level is Level.ROW:
+            return f"{name}[w]"
+        return self.spread(name, node, at) if level is not Level.PAIR else name
+
+    def index(self, node: Index, at: Level) -> str:
+        if node.axis == "q":
+            return "query[w]"
+        return self.spread({"k": "key"}.get(node.axis, node.axis), node, at)
+
+    def input(self, node: Input, at: Level) -> str:
+        if node in RANGES:  # of run bounds
+            return "TILE" if node is KEY_TILE else node.name
+        if "k" in node.axes:
+            return node.name
+        held = f"rows.{node.name}[w]"  # an accumulator at the end of its pass
+        stream = self.plan.stream
+        return f"({held} * LOG_2)" if self.plan.binary and stream and node.name == stream.shift else held
+
+
 def comment(text: str) -> str:
     """``text`` as the end of a line: a backslash there would swallow the next one."""
     return text.rstrip().rstrip("\\").rstrip()
 
 
-def declaration(printer: CppPrinter, value: Value) -> str:
+def declaration(printer: CppExpressions[Plan], value: Value) -> str:
     """The statement that makes ``value``."""
-    kinds = SCALARS if value.level in (Level.GRID, Level.COL) else VECTORS
+    kinds = VECTORS if value.level in printer.laned else SCALARS
     text = printer.value(value)
     return f"const {kinds[printer.plan.width(value.expr)]} {value.name} = {text};  // {comment(value.comment)}"
 

@@ -23,8 +23,9 @@ def _is_leaf(node: Expr) -> bool:
 class _Namer:
     """Readable, unique, deterministic names for values."""
 
-    def __init__(self, taken: Iterable[str]) -> None:
+    def __init__(self, taken: Iterable[str], levels: Mapping[Level, str]) -> None:
         self._used: set[str] = set(taken)
+        self._levels = levels
 
     def take(self, stem: str) -> str:
         """Return ``stem``, with underscores where the program uses it."""
@@ -35,11 +36,11 @@ class _Namer:
     def __call__(self, node: Expr, level: Level) -> str:
         # operators are always numbered, so that templates can use names like row_max for themselves
         if isinstance(node, Load):
-            stem, n = f"{node.tensor}_{level.value}", 2
+            stem, n = f"{node.tensor}_{self._levels[level]}", 2
             name = stem
         else:
             assert isinstance(node, Op)
-            stem, n = f"{level.value}_{node.op}", 2
+            stem, n = f"{self._levels[level]}_{node.op}", 2
             name = f"{stem}1"
         while name in self._used:
             name, n = f"{stem}{n}", n + 1
@@ -74,11 +75,22 @@ def _named_nodes(roots: tuple[Expr, ...], level_of: Mapping[Expr, Level]) -> Ite
             yield node
 
 
+OF_PAIRS = {level: level.value for level in Level}
+"""What values of a level are called."""
+
+
 def names(
-    taken: Iterable[str], hooks: tuple[Expr, ...], runs: tuple[RunBounds, ...], level_of: Mapping[Expr, Level]
+    taken: Iterable[str],
+    hooks: tuple[Expr, ...],
+    runs: tuple[RunBounds, ...],
+    level_of: Mapping[Expr, Level],
+    called: Mapping[Level, str] = OF_PAIRS,
 ) -> dict[Expr, str]:
-    """Names of the values of the hooks and of the run bounds, arguments before users; none of them is ``taken``."""
-    namer = _Namer(taken)
+    """Names of the values of the hooks and of the run bounds, arguments before users; none of them is ``taken``.
+
+    ``called`` is how names of values of a level begin (of loads: end).
+    """
+    namer = _Namer(taken, called)
     given: dict[Expr, str] = {}
     for r in runs:
         for i, part in enumerate(r.parts):

@@ -19,7 +19,7 @@ from attnlang.ir import (
     Index,
     Input,
     Load,
-    Op,
+    Map,
     Param,
     Program,
     Size,
@@ -37,19 +37,20 @@ from attnlang.passes.levels import Level, levels
 from attnlang.passes.pullback import Pullback, Sweep, pullback, saving
 from attnlang.passes.simplify import map_program, simplify
 from attnlang.passes.streaming import Accumulator, Streaming, streaming
-from attnlang.passes.value_ranges import value_range
 from attnlang.passes.widths import Width, assumptions, widths
 
+from .facts import Facts
 from .features import body_roots, feature_grads, statements
 from .naming import names as value_names
 from .plan_parts import CapturedGrad, Section, Step, SweepStep, TensorArg, Value
+from .rows import RowsPlan, rows_plan
 from .runs import RunBounds, forms_of, ranges_of, run_bounds
 
 __all__ = ["CapturedGrad", "KernelPlan", "Section", "Step", "SweepStep", "TensorArg", "Value", "make_plan"]
 
 
 @dataclass(frozen=True)
-class KernelPlan:
+class KernelPlan(Facts):
     """One pass over the pairs of an Attend stage, target-free.
 
     ``outer`` and ``loop`` name the axes of the parallel and the sequential loop. ``grid`` values are computed once per
@@ -72,6 +73,8 @@ class KernelPlan:
     ``body`` says how the raw score comes of the features of two rows, None where it is their dot product. ``features``
     are the statements of the loop over features, at the levels they have elsewhere (those that do not differ between
     features are among ``row`` as well). ``feature_grads`` are the gradients of what the body reads of captured tensors.
+
+    ``before`` makes the rows of q that the kernel starts from, ``after`` the rows that it writes from those it has.
 
     A plan of the sums over queries has in ``columns`` what a pair brings to each; the rows are known by then.
     """
@@ -105,6 +108,8 @@ class KernelPlan:
     body: Body | None = None
     features: tuple[Value, ...] = ()
     feature_grads: tuple[CapturedGrad, ...] = ()
+    before: RowsPlan | None = None
+    after: RowsPlan | None = None
     direction: str = "forward"
     wide: bool = False
     outer: str = "q"
@@ -150,43 +155,6 @@ class KernelPlan:
         reads = any(isinstance(n, Input) and n.name in ("s", "raw") for n in postorder(*values))
         return self.stream.shift is not None and len(self.steps) == 1 and not reads
 
-    def level(self, node: Expr) -> Level:
-        return self.node_levels[node]
-
-    def width(self, node: Expr) -> Width:
-        return self.node_widths[node]
-
-    def never_negative(self, node: Expr) -> bool:
-        """Whether the int ``node`` is proved to be at least 0."""
-        low = value_range(node, self.bounds).lo
-        return low is not None and low >= 0
-
-    def never_zero(self, node: Expr) -> bool:
-        """Whether the int ``node`` is proved to be non-zero."""
-        span = value_range(node, self.bounds)
-        return (span.lo is not None and span.lo > 0) or (span.hi is not None and span.hi < 0)
-
-    def load_guards(self, load: Load) -> tuple[tuple[bool, bool], ...]:
-        """For each index of ``load``, whether it needs a clamp from below and from above.
-
-        The kernel hands hooks row and key indices that are already inside Lq and Lk, also in tail tiles.
-        """
-        shape = self.program.tensor(load.tensor).shape
-        return tuple(
-            (not self.never_negative(index), not self._below(index, dim))
-            for index, dim in zip(load.indices, shape, strict=True)
-        )
-
-    def _below(self, index: Expr, dim: Expr) -> bool:
-        if isinstance(index, Index) and isinstance(dim, Size):
-            return (index.axis, dim.name) in {("b", "B"), ("h", "H"), ("q", "Lq"), ("k", "Lk")}
-        if isinstance(index, Op) and index.op == "mod" and index.args[1] is dim:
-            return self.never_negative(index.args[0])
-        if isinstance(dim, Const):
-            high = value_range(index, self.bounds).hi
-            return high is not None and high < int(dim.value)
-        return False
-
     @property
     def digest(self) -> str:
         """Stable hash of everything the plan says, for cache keys."""
@@ -194,7 +162,8 @@ class KernelPlan:
         wanted = ",".join(format_expr(g.load) for g in (*self.grads, *self.feature_grads))
         kind = f"{self.direction}:{wanted}|{self.dtype}|{self.head_dim}|{self.value_dim}|{dtypes}|{self.wide}"
         rows = "|".join("" if e is None else format_expr(e) for e in (self.query_row, self.key_row))
-        text = f"{canonical(self.program)}|{kind}|{'|'.join(map(str, self.runs))}|{rows}"
+        maps = "|".join("" if p is None else p.digest for p in (self.before, self.after))
+        text = f"{canonical(self.program)}|{kind}|{'|'.join(map(str, self.runs))}|{rows}|{maps}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -254,6 +223,8 @@ def make_plan(
     order: tuple[Expr | None, Expr | None] = (None, None),
 ) -> KernelPlan:
     """Plan the forward (or backward) pass of a specialised program with one Attend stage.
+
+    In a forward pass a rows stage before it makes the queries, and one after it changes the rows of its output.
 
     ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
     ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
@@ -321,6 +292,13 @@ def make_plan(
     names = value_names(taken, named, runs, level_of)
     known_after = _passes(stream, pull, names)
 
+    stages = program.stages
+    at = stages.index(program.attend)
+    before, after = (
+        rows_plan(program, stage, storage, wide=wide) if isinstance(stage, Map) else None
+        for stage in (stages[at - 1] if at else None, stages[at + 1] if at + 1 < len(stages) else None)
+    )
+
     def values(level: Level, of: tuple[Expr, ...], after: int | None = 0) -> tuple[Value, ...]:
         needed = set(postorder(*of))
         return tuple(
@@ -371,6 +349,8 @@ def make_plan(
         body=body,
         features=statements(inner, names, level_of),
         feature_grads=through,
+        before=before,
+        after=after,
         direction="backward" if backward else "columns" if columns else "saving" if saves else "forward",
         wide=wide,
         names=names,

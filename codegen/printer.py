@@ -8,23 +8,27 @@ loads and in what it takes to use a row or column value at pair level.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 from attnlang.ir import Const, Expr, Index, Input, Load, Op, Param, Size
 from attnlang.passes.levels import Level
 from attnlang.passes.widths import Width
 
-from .plan import KernelPlan, Value
+from .facts import Facts
+from .plan_parts import Value
 
-__all__ = ["Printer"]
+__all__ = ["Plan", "Printer"]
+
+Plan = TypeVar("Plan", bound=Facts)
 
 
-class Printer:
+class Printer(Generic[Plan]):
     """Prints the expressions of one plan. Subclasses provide the target's tables and leaves."""
 
     formats: Mapping[str, str] = {}
     """Operator name to a format string with ``{0} {1} {2}`` for the arguments."""
 
-    def __init__(self, plan: KernelPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def text(self, node: Expr, at: Level) -> str:

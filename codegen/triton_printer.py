@@ -100,7 +100,7 @@ def _literal(value: float) -> str:
     return repr(value)
 
 
-class TritonPrinter(Printer):
+class TritonPrinter(Printer[KernelPlan]):
     """Prints one plan.
 
     ``helpers`` collects the names of helper functions the text calls, ``used`` the index variables it reads.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from attnlang.ir import KEY_ADDRESS, QUERY_ADDRESS, Attend, Operand, Program
+from attnlang.ir import KEY_ADDRESS, QUERY_ADDRESS, Attend, Environment, Operand, Program
 from attnlang.passes.pullback import Pullback, pullback, saved
 from attnlang.passes.streaming import Unstreamable, streaming
 
@@ -24,7 +24,17 @@ from .errors import Unavailable
 from .regions import Work
 from .row_gradients import RowGradients, VanishingFactor, row_gradients
 
-__all__ = ["DEVICES", "StageKernel", "has_gradient", "has_kernel", "kernel_of", "why_none"]
+__all__ = [
+    "DEVICES",
+    "StageKernel",
+    "has_gradient",
+    "has_kernel",
+    "kernel_call",
+    "kernel_of",
+    "outputs_of",
+    "rows_of",
+    "why_none",
+]
 
 Tensor = torch.Tensor
 
@@ -34,7 +44,12 @@ DEVICES = {"cpu": "cpp", "cuda": "triton"}
 
 
 @functools.cache
-def _outputs(backend: str) -> Callable[[Call], dict[str, Tensor]]:
+def outputs_of(backend: str) -> Callable[[Call], dict[str, Tensor]]:
+    """Return the function that computes every output of a call by name.
+
+    Raises:
+        Unavailable: the backend is not installed.
+    """
     try:
         found: Callable[[Call], dict[str, Tensor]] = importlib.import_module(f"attnlang.runtime.{backend}").outputs
     except ImportError as error:  # Triton is an optional dependency
@@ -46,6 +61,23 @@ def _outputs(backend: str) -> Callable[[Call], dict[str, Tensor]]:
 def _gradients(backend: str) -> Callable[[Call, Pullback, RowGradients, tuple[str, ...]], Gradients]:
     module = importlib.import_module(f"attnlang.runtime.{backend}_pull")
     found: Callable[[Call, Pullback, RowGradients, tuple[str, ...]], Gradients] = module.pull
+    return found
+
+
+@functools.cache
+def rows_of(device: str) -> Callable[[Call, tuple[int, ...]], Tensor]:
+    """Return the function that makes the rows of a Map on a device, in float32, given their extents.
+
+    Raises:
+        Unavailable: nothing compiled runs there.
+    """
+    backend = DEVICES.get(device)
+    try:
+        found: Callable[[Call, tuple[int, ...]], Tensor] = importlib.import_module(
+            f"attnlang.runtime.{backend}_rows"
+        ).make
+    except ImportError as error:
+        raise Unavailable(f"no compiled backend runs on {device}") from error
     return found
 
 
@@ -118,17 +150,13 @@ class StageKernel:
         return () if pull is None else tuple(saved(pull.stream))
 
     def _bound(self, work: Work) -> Call:
-        (term,), values = self.stage.terms, _rows(self.stage)
-        q, k = (work.env.rows(x.source).to(self.call.q.dtype) for x in (term.left, term.right))
-        v = k if values is None else work.env.rows(values.source).to(self.call.q.dtype)
-        _check(q, k, v, work.env.sizes, term.right)
-        sizes = {**work.env.sizes, "Hkv": k.shape[1]}
-        return replace(self.call, program=self.program, q=q, k=k, v=v, sizes=sizes, tensors=work.env.tensors)
+        call = replace(self.call, program=self.program, sizes=work.env.sizes, tensors=work.env.tensors)
+        return kernel_call(call, self.stage, work.env)
 
     def outputs(self, work: Work) -> dict[str, Tensor] | None:
         """Every output by name."""
         try:
-            return _outputs(self.backend)(self._bound(work))
+            return outputs_of(self.backend)(self._bound(work))
         except Unavailable:
             if self.strict:
                 raise
@@ -140,7 +168,7 @@ class StageKernel:
         if pull is None:
             return None
         try:
-            made = _outputs(self.backend)(replace(self._bound(work), saves=True))
+            made = outputs_of(self.backend)(replace(self._bound(work), saves=True))
         except Unavailable:
             return None
         names = [out.name for out in self.stage.outputs]
@@ -185,6 +213,20 @@ class StageKernel:
             for name, part in parts.items():
                 add(f"t.{name}", part)
         return found
+
+
+def kernel_call(call: Call, stage: Attend, here: Environment, queries: str = "") -> Call:
+    """Return ``call``, whose program is ``stage`` alone, with its rows of q, k and v; ``queries`` names an operand in
+    place of the rows of q.
+
+    Raises:
+        Unavailable: there is no kernel for such a stage, or not for these operands.
+    """
+    values, (term,) = _rows(stage), stage.terms
+    names = (queries or term.left.source, term.right.source, term.right.source if values is None else values.source)
+    q, k, v = (here.rows(name).to(call.q.dtype) for name in names)
+    _check(q, k, v, call.sizes, term.right)
+    return replace(call, q=q, k=k, v=v, sizes={**call.sizes, "Hkv": k.shape[1]})
 
 
 def kernel_of(call: Call, alone: Program, work: Work, backend: str | None) -> StageKernel:

@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from attnlang.codegen.cpp import keep_templates
 from attnlang.codegen.cpp_arguments import Arguments, Field
 from attnlang.codegen.cpp_printer import ELEMENTS
+from attnlang.codegen.cpp_render import keep_templates
 from attnlang.codegen.isa import COMMON_FLAGS, Isa
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.ir import BOOL, INT, Program

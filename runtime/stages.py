@@ -24,31 +24,35 @@ from attnlang.ir import (
     Dot,
     Environment,
     Expr,
+    Map,
     Program,
     Size,
     TensorParam,
     Type,
     evaluate,
-    run_stages,
     substitute,
     tensors_made,
 )
 from attnlang.ir.build import any_of
+from attnlang.ir.rowstages import run_rows
 from attnlang.ir.types import BOOL, INT
 from attnlang.passes.buckets import FIRST, in_buckets
+from attnlang.passes.fusion import Fusion, fusions, loads_of
 from attnlang.passes.positions import at_slots
 from attnlang.passes.simplify import map_program
 from attnlang.passes.terms import alone
 
 from . import buckets, regions
 from .call import Call
-from .compiled import DEVICES, has_gradient, has_kernel, kernel_of
+from .compiled import DEVICES, has_gradient, has_kernel, kernel_of, outputs_of
 from .eager import compute_dtype
 from .errors import Unavailable
-from .lowering import apart, lowered, recorded
+from .fused import Maps, fused
+from .lowering import Lowered, apart, lowered, recorded
 from .roots import has_roots, probe, without_roots
+from .rows import make_rows
 from .runs import Runs, run_maps
-from .transforms import without_kernels
+from .transforms import Kind, innermost, without_kernels
 
 __all__ = ["parts_of", "run", "softmax_roles"]
 
@@ -60,6 +64,9 @@ SPARSE = 90.0
 
 Tensor = torch.Tensor
 Attention: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
+Rows: TypeAlias = Callable[[Map, Environment], Tensor]
+Attends: TypeAlias = Callable[[Attend, Environment, Fusion], dict[str, Tensor]]
+ALONE = Fusion()
 
 
 def softmax_roles(stage: Attend) -> tuple[str, str, str, str, str | None] | None:
@@ -175,10 +182,17 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
 
     compiled = call.q.dtype is not torch.float64 and (backend is not None or call.q.device.type in DEVICES)
 
-    def attend(stage: Attend, here: Environment) -> dict[str, Tensor]:
+    def attend(stage: Attend, here: Environment, fusion: Fusion = ALONE) -> dict[str, Tensor]:
         if backend == "eager":
             return one(call, stage, here)
         stage = at_slots(stage)
+        before = fusion.before
+        if before is not None:
+            parts = apart(stage)
+            with_rows = on_the_way(call, stage, here, fusion, 0) if len(parts) == 1 and served(stage) else None
+            if with_rows is not None:
+                return with_rows
+            here = replace(here, tensors={**here.tensors, before.name: rows(before, here)})
         if has_roots(stage, here) and compiled and has_kernel(probe(alone(stage)[0])):
             stage, roots = without_roots(stage, here, attend)
             here = replace(here, tensors={**here.tensors, **roots})
@@ -193,13 +207,47 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
 
         found = lowered(with_one, here, own.scale, pays)
         inner = replace(here, tensors={**here.tensors, **found.tensors})
-        ways = [way(own, part, inner, NARROW if len(found.parts) > 1 else 0) for part in found.parts]
-        if None in ways:
+        key_tile = NARROW if len(found.parts) > 1 else 0
+        ways = {part: way(own, part, inner, key_tile) for part in found.parts}
+        if None in ways.values():
             return one(call, stage, here)
+        last = _taking_in(fusion, found)
         made: dict[str, Tensor] = {}
-        for run in filter(None, ways):
-            made |= run()
+        for part, run in ways.items():
+            if run is not None and part is not last:
+                made |= run()
+        if last is not None and (run := ways[last]) is not None:
+            known = replace(inner, tensors={**inner.tensors, **made})
+            with_rows = on_the_way(own, last, known, replace(fusion, before=None), key_tile) if served(last) else None
+            made |= run() if with_rows is None else with_rows
         return made | {name: change(made[name].to(dtype)) for name, change in found.after.items()}
+
+    def on_the_way(
+        own: Call, part: Attend, here: Environment, fusion: Fusion, key_tile: int
+    ) -> dict[str, Tensor] | None:
+        """What ``part`` makes in a kernel that takes rows stages in, None where there is none."""
+        after = fusion.after if call.q.dtype is torch.float32 or fusion.last else None
+        if after is not None and (_taking_in(fusion, Lowered((part,), {}, {})) is None):
+            after = None
+        if after is None and fusion.before is None:
+            return None
+        roles = softmax_roles(part)
+        program, sizes, runs = _runs_of(own, part, here)
+        alone = replace(own, program=program, sizes=sizes, tensors=here.tensors, runs=runs, key_tile=key_tile)
+        rows = next(out.name for out in part.outputs if out.rows is not None)
+        try:
+            outputs = outputs_of(backend or DEVICES[call.q.device.type])
+            made = fused(alone, part, here, Maps(fusion.before, after, rows), outputs)
+        except Unavailable:
+            return None
+        names = {} if roles is None else {"o": roles[3], "lse": roles[4]}
+        if after is not None:
+            names["o" if roles else rows] = after.name
+        named = {names.get(name, name): t for name, t in made.items()}
+        return {name: t for name, t in named.items() if name is not None}
+
+    def rows(stage: Map, here: Environment) -> Tensor:
+        return make_rows(stage, here, call) if compiled and backend != "eager" else run_rows(stage, here)
 
     def served(stage: Attend) -> bool:
         return softmax_roles(stage) is not None or (compiled and has_kernel(stage))
@@ -226,8 +274,43 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
         return _general(own, stage, here, backend)
 
     with torch.autocast(call.q.device.type, enabled=False):
-        made = run_stages(program, env, attend)
+        made = _run(program, env, attend, rows, compiled and backend != "eager" and _takes_in(env))
     return {name: _cast(program, name, made[name], call.q.dtype) for name in program.results}
+
+
+def _takes_in(env: Environment) -> bool:
+    """Whether kernels may take in other stages: nobody asks for gradients, and tensors have memory."""
+    tensors = (*env.operands.values(), *env.tensors.values())
+    return not recorded(env) and innermost() is Kind.NONE and not without_kernels(tensors)
+
+
+def _run(program: Program, env: Environment, attend: Attends, rows: Rows, takes_in: bool) -> dict[str, Tensor]:
+    """Run the stages in order and return everything they make, by name, but for rows that nobody else reads."""
+    found = fusions(program) if takes_in else {}
+    waiting = {f.before.name for f in found.values() if f.before is not None}
+    made: dict[str, Tensor] = {}
+    for stage in program.stages:
+        here = replace(env, tensors={**env.tensors, **made})
+        if isinstance(stage, Attend):
+            made |= attend(stage, here, found.get(stage.name, ALONE))
+        elif not isinstance(stage, Map):
+            made[stage.name] = run_rows(stage, here)
+        elif stage.name not in made and stage.name not in waiting:
+            made[stage.name] = rows(stage, here)
+    return made
+
+
+def _taking_in(fusion: Fusion, found: Lowered) -> Attend | None:
+    """The part that can take ``fusion.after`` in: the last one whose rows it changes, if others make what else it reads
+    of the stage."""
+    if fusion.after is None:
+        return None
+    for part in reversed(found.parts):
+        rows = [out.name for out in part.outputs if out.rows is not None]
+        if len(rows) == 1 and rows[0] in fusion.rows and rows[0] not in found.after:
+            others = {out.name for out in part.outputs} - set(rows)
+            return None if others & loads_of(fusion.after) else part
+    return None
 
 
 def _differentiable(stage: Attend) -> bool:

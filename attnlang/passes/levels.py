@@ -7,7 +7,6 @@ cases.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
 
 from attnlang.ir import Expr, Index, Input, postorder
 
@@ -36,11 +35,7 @@ def axes_of(*roots: Expr) -> dict[Expr, frozenset[str]]:
     return out
 
 
-def _level(axes: Iterable[str]) -> Level:
-    row, col = "q" in axes, "k" in axes
-    return Level.PAIR if row and col else Level.ROW if row else Level.COL if col else Level.GRID
-
-
-def levels(*roots: Expr) -> dict[Expr, Level]:
-    """Return the level of every node under ``roots``."""
-    return {node: _level(axes) for node, axes in axes_of(*roots).items()}
+def levels(*roots: Expr, row: str = "q", col: str = "k") -> dict[Expr, Level]:
+    """Return the level of every node under ``roots``; ``row`` and ``col`` are the axes of a tile."""
+    found = {(False, False): Level.GRID, (True, False): Level.ROW, (False, True): Level.COL, (True, True): Level.PAIR}
+    return {node: found[row in axes, col in axes] for node, axes in axes_of(*roots).items()}

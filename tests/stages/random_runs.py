@@ -115,10 +115,12 @@ class Launches:
     seed: int = -1
     forward: set[int] = field(default_factory=set)
     backward: set[int] = field(default_factory=set)
+    rows: set[int] = field(default_factory=set)
 
     def count(self, launch: Any) -> Any:
         def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-            (self.backward if kernel.plan.direction == "backward" else self.forward).add(self.seed)
+            found = {"backward": self.backward, "rows": self.rows}.get(kernel.plan.direction, self.forward)
+            found.add(self.seed)
             return launch(kernel, *args, **kwargs)
 
         return counted

@@ -1,0 +1,70 @@
+"""Kernels of attention that make their queries, or change the rows of their output, on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+
+from attnlang.ir import Attend, Environment, Map, evaluate
+from attnlang.passes.fusion import on_rows_at_hand
+
+from .call import Call
+from .compiled import kernel_call
+from .cpp import prefers_order
+from .errors import Unavailable
+from .rows import declaring, for_kernels, read_by
+
+__all__ = ["Maps", "fused"]
+
+Tensor = torch.Tensor
+Outputs: TypeAlias = Callable[[Call], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Rows stages for one kernel to take in: ``before`` makes its queries, ``after`` changes the rows ``inner``."""
+
+    before: Map | None = None
+    after: Map | None = None
+    inner: str = ""
+
+
+def fused(call: Call, stage: Attend, here: Environment, maps: Maps, outputs: Outputs) -> dict[str, Tensor]:
+    """Return what the program of ``call`` makes, with the rows of ``maps.after`` in place of those it changes.
+
+    ``call`` is ``stage`` as a program of its own, perhaps under other names.
+
+    Raises:
+        Unavailable: no kernel can run this; the reason says why.
+    """
+    bound = kernel_call(call, stage, here, "q" if maps.before else "")
+    if call.program.standard and prefers_order(bound):
+        raise Unavailable("there is a faster kernel, which takes no other stages in")
+    before = _on_the_way(maps.before, bound.q.shape, here)
+    after = _on_the_way(maps.after and on_rows_at_hand(maps.after, maps.inner), _made(bound), here)
+    tensors = {**before.tensors, **after.tensors}
+    stages = (*before.stages, call.program.attend, *after.stages)
+    program = declaring(call.program, stages, tuple((name, t.dim()) for name, t in tensors.items()))
+    return outputs(replace(bound, program=program, tensors={**bound.tensors, **tensors}))
+
+
+def _made(call: Call) -> tuple[int, ...]:
+    return (*call.q.shape[:3], call.v.shape[3])
+
+
+@dataclass(frozen=True)
+class _Bound:
+    stages: tuple[Map, ...]
+    tensors: Mapping[str, Tensor]
+
+
+def _on_the_way(stage: Map | None, shape: tuple[int, ...], here: Environment) -> _Bound:
+    if stage is None:
+        return _Bound((), {})
+    if tuple(int(evaluate(e, here)) for e in stage.extents) != tuple(shape):
+        raise Unavailable("the rows have another shape than those of the kernel")
+    changed, tensors = for_kernels(stage, here, read_by(stage, here))
+    return _Bound((changed,), tensors)

@@ -1,0 +1,202 @@
+"""Rows stages on kernels: one pass over memory where PyTorch makes a tensor for each operation.
+
+A kernel makes the rows; their gradients are PyTorch's own, of the same stage.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attnlang.ir import (
+    FLOAT,
+    Const,
+    Environment,
+    Expr,
+    Index,
+    Input,
+    Load,
+    Map,
+    Op,
+    Param,
+    Program,
+    Size,
+    TensorParam,
+    evaluate,
+    postorder,
+    substitute,
+)
+from attnlang.ir.rowstages import index_grid, run_rows
+from attnlang.ir.stages import Stage
+from attnlang.passes.levels import axes_of
+
+from .call import Call
+from .compiled import rows_of
+from .errors import Unavailable
+from .transforms import Kind, innermost, without_kernels
+
+__all__ = ["declaring", "for_kernels", "make_rows", "read_by", "rows_call", "tabulated"]
+
+Tensor = torch.Tensor
+
+DEAR = {"sin", "cos", "tan", "atan", "erf", "pow", "expm1", "log1p"}
+"""Operators that cost a kernel more than a load."""
+
+
+def make_rows(stage: Map, env: Environment, call: Call) -> Tensor:
+    """Return the rows of ``stage`` [B, H, L, D] in the dtype that ``env`` computes in, differentiable."""
+    tensors = read_by(stage, env)
+    if env.float_dtype is not torch.float32 or innermost() is not Kind.NONE or without_kernels(tensors.values()):
+        return run_rows(stage, env)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
+    try:
+        if recorded:
+            made: Tensor = _Rows.apply(_Work(stage, env, call, tuple(tensors)), *tensors.values())
+            return made
+        return _by_kernel(stage, env, call, tensors)
+    except Unavailable:
+        return run_rows(stage, env)
+
+
+@dataclass(frozen=True)
+class _Work:
+    stage: Map
+    env: Environment
+    call: Call
+    names: tuple[str, ...]
+
+
+class _Rows(torch.autograd.Function):
+    """The kernel, and as its derivative that of the stage in PyTorch, on tensors of its own: some of those given may be
+    made of each other, and the gradient of each is that of its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> Tensor:
+        ctx.work = work
+        ctx.save_for_backward(*tensors)
+        return _by_kernel(work.stage, work.env, work.call, dict(zip(work.names, tensors, strict=True)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        wanted = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            tensors = [
+                t if not want else t.view_as(t) if again else t.detach().requires_grad_()
+                for t, want in zip(ctx.saved_tensors, wanted, strict=True)
+            ]
+            env = replace(ctx.work.env, tensors=dict(zip(ctx.work.names, tensors, strict=True)), operands={})
+            made = run_rows(ctx.work.stage, env)
+            inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(made, inputs, grads[0], create_graph=again, allow_unused=True))
+        return None, *(next(found) if want else None for want in wanted)
+
+
+def _by_kernel(stage: Map, env: Environment, call: Call, tensors: dict[str, Tensor]) -> Tensor:
+    extents = tuple(int(evaluate(e, env)) for e in stage.extents)
+    if 0 in extents or len(extents) != 4:
+        raise Unavailable("there are no rows")
+    return rows_of(call.q.device.type)(rows_call(call, stage, env, tensors), extents)
+
+
+def rows_call(call: Call, stage: Map, env: Environment, tensors: Mapping[str, Tensor]) -> Call:
+    """Return ``stage`` as a program of its own, of the ``tensors`` it reads.
+
+    Raises:
+        Unavailable: the stage reads a parameter that is a tensor.
+    """
+    stage, tensors = for_kernels(stage, env, tensors)
+    program = declaring(call.program, (stage,), tuple((name, t.dim()) for name, t in tensors.items()))
+    return replace(call, program=program, tensors=tensors, sizes=env.sizes)
+
+
+def for_kernels(stage: Map, env: Environment, tensors: Mapping[str, Tensor]) -> tuple[Map, dict[str, Tensor]]:
+    """Return ``stage`` as kernels make it, and those of ``tensors`` it reads then, with tables of what is dear.
+
+    Raises:
+        Unavailable: the stage reads a parameter that is a tensor.
+    """
+    if any(isinstance(env.params.get(p.name), Tensor) for p in _params(stage)):
+        raise Unavailable("a parameter is a tensor")
+    changed, tables = tabulated(stage)
+    found = {**tensors, **{name: _table(expr, stage, env) for name, expr in tables}}
+    return changed, {name: found[name] for name in _read(changed)}
+
+
+@functools.lru_cache(maxsize=256)
+def _read(stage: Map) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(n.tensor for n in postorder(*stage.roots()) if isinstance(n, Load)))
+
+
+def read_by(stage: Map, env: Environment) -> dict[str, Tensor]:
+    """Return the tensors that ``stage`` reads, by name."""
+    return {name: env.tensor(name) for name in _read(stage)}
+
+
+def _params(stage: Map) -> list[Param]:
+    return [n for n in postorder(*stage.roots()) if isinstance(n, Param)]
+
+
+@functools.lru_cache(maxsize=256)
+def tabulated(stage: Map) -> tuple[Map, tuple[tuple[str, Expr], ...]]:
+    """``stage`` with loads in place of what is dear and the same for all batch elements and heads, and what that is."""
+    roots = (*(e for _, _, e in stage.lets), stage.value)
+    axes = axes_of(*roots)
+    dear: set[Expr] = set()
+    for node in postorder(*roots):
+        if (isinstance(node, Op) and node.op in DEAR and not _square(node)) or any(a in dear for a in node.args):
+            dear.add(node)
+    lets = {name for name, _, _ in stage.lets}
+    free = {
+        n
+        for n in dear
+        if "d" in axes[n]
+        and not axes[n] - {"q", "d"}
+        and n.type is FLOAT
+        and not any(isinstance(x, Input) and x.name in lets for x in postorder(n))
+    }
+    largest = dict.fromkeys(n for n in roots if n in free)
+    largest |= dict.fromkeys(a for n in postorder(*roots) if n not in free for a in n.args if a in free)
+    found: dict[Expr, Expr] = {
+        node: Load(f"{stage.name}_table{i}", tuple(Index(a) for a in "qd" if a in axes[node]), FLOAT)
+        for i, node in enumerate(largest)
+    }
+    if not found:
+        return stage, ()
+    *sums, value = (substitute(root, found) for root in roots)
+    given = tuple((name, monoid, e) for (name, monoid, _), e in zip(stage.lets, sums, strict=True))
+    tables = tuple((f"{stage.name}_table{i}", node) for i, node in enumerate(largest))
+    return replace(stage, lets=given, value=value), tables
+
+
+def _square(node: Op) -> bool:
+    return node.op == "pow" and isinstance(node.args[1], Const) and node.args[1].value == 2.0
+
+
+def _table(expr: Expr, stage: Map, env: Environment) -> Tensor:
+    axes = "".join(a for a in "qd" if a in axes_of(expr)[expr])
+    extents = tuple(int(evaluate(stage.extents["bhqd".index(a)], env)) for a in axes)
+    with torch.no_grad():
+        return evaluate(expr, index_grid(extents, axes, env)).to(env.float_dtype).expand(extents).contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def declaring(program: Program, stages: tuple[Stage, ...], ranks: tuple[tuple[str, int], ...]) -> Program:
+    """Return ``program`` with other ``stages`` and those tensors declared that rows stages among them read, of ranks.
+
+    The same object for the same stages, since kernels are remembered by program.
+    """
+    maps = [s for s in stages if isinstance(s, Map)]
+    loads = {n.tensor: n.type for s in maps for n in postorder(*s.roots()) if isinstance(n, Load)}
+    kept = program.tensors if len(maps) < len(stages) else ()
+    known = {t.name for t in kept}
+    more = tuple(
+        TensorParam(name, loads[name], tuple(Size(f"{name}_{d}") for d in range(rank)))
+        for name, rank in ranks
+        if name not in known
+    )
+    return replace(program, name=stages[-1].name, stages=stages, tensors=(*kept, *more), returns=())
