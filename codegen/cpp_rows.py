@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from attnlang.ir import FLOAT, Expr, Index, Input, Load, Op, format_program
-from attnlang.passes.fusion import INNER
+from attnlang.passes.fusion import INNER, here
 from attnlang.passes.levels import Level
 
 from .cpp_arguments import Arguments, Field, captured
@@ -84,7 +84,10 @@ class PassText:
 
 @dataclass(frozen=True)
 class RowsText:
-    """A function that makes rows; it reads rows at hand where it ``changes`` them."""
+    """A function that makes rows; it reads rows at hand where it ``changes`` them.
+
+    ``statistics`` are names of numbers of the row at hand, and the outputs of the kernel that they are.
+    """
 
     name: str
     about: str
@@ -93,6 +96,7 @@ class RowsText:
     passes: list[PassText]
     reads_feature: bool
     changes: bool
+    statistics: tuple[tuple[str, str], ...]
     helpers: frozenset[str]
 
 
@@ -117,6 +121,7 @@ def rows_text(plan: RowsPlan) -> RowsText:
         passes=passes,
         reads_feature=any("feature" in line for line in lines),
         changes=plan.changes,
+        statistics=tuple((here(name).name, name) for name in plan.statistics),
         helpers=frozenset(printer.helpers),
     )
 

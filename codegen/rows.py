@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnlang.ir import Expr, Load, Map, Param, Program, Size, canonical, postorder
-from attnlang.passes.fusion import INNER
+from attnlang.passes.fusion import INNER, statistics
 from attnlang.passes.levels import Level, levels
 from attnlang.passes.simplify import map_record, simplify
 from attnlang.passes.widths import Width, assumptions, widths
@@ -72,6 +72,11 @@ class RowsPlan(Facts):
     def changes(self) -> bool:
         """Whether the rows are made of rows at hand."""
         return any(n is INNER for p in self.passes for n in postorder(p.value))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Outputs of the kernel of attention that are read of the row at hand, as the inputs ``fusion.here``."""
+        return statistics(self.stage)
 
     def extent(self, axis: str) -> Expr | None:
         return dict(zip("bhqd", self.stage.extents, strict=True)).get(axis)

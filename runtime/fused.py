@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -25,11 +25,15 @@ Outputs: TypeAlias = Callable[[Call], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Maps:
-    """Rows stages for one kernel to take in: ``before`` makes its queries, ``after`` changes the rows ``inner``."""
+    """Rows stages for one kernel to take in: ``before`` makes its queries, ``after`` changes the rows ``inner``.
+
+    ``names`` are the outputs of the kernel by the names the stages have for them.
+    """
 
     before: Map | None = None
     after: Map | None = None
     inner: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def fused(call: Call, stage: Attend, here: Environment, maps: Maps, outputs: Outputs) -> dict[str, Tensor]:
@@ -44,15 +48,18 @@ def fused(call: Call, stage: Attend, here: Environment, maps: Maps, outputs: Out
     if call.program.standard and prefers_order(bound):
         raise Unavailable("there is a faster kernel, which takes no other stages in")
     before = _on_the_way(maps.before, bound.q.shape, here)
-    after = _on_the_way(maps.after and on_rows_at_hand(maps.after, maps.inner), _made(bound), here)
+    after = _on_the_way(_at_hand(maps), (*bound.q.shape[:3], bound.v.shape[3]), here)
     tensors = {**before.tensors, **after.tensors}
     stages = (*before.stages, call.program.attend, *after.stages)
     program = declaring(call.program, stages, tuple((name, t.dim()) for name, t in tensors.items()))
     return outputs(replace(bound, program=program, tensors={**bound.tensors, **tensors}))
 
 
-def _made(call: Call) -> tuple[int, ...]:
-    return (*call.q.shape[:3], call.v.shape[3])
+def _at_hand(maps: Maps) -> Map | None:
+    if maps.after is None:
+        return None
+    others = {name: own for name, own in maps.names.items() if name not in ("", maps.inner)}
+    return on_rows_at_hand(maps.after, maps.inner, others)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from attnlang.ir.build import any_of
 from attnlang.ir.rowstages import run_rows
 from attnlang.ir.types import BOOL, INT
 from attnlang.passes.buckets import FIRST, in_buckets
-from attnlang.passes.fusion import Fusion, fusions, loads_of
+from attnlang.passes.fusion import Fusion, fusions, in_place, loads_of
 from attnlang.passes.positions import at_slots
 from attnlang.passes.simplify import map_program
 from attnlang.passes.terms import alone
@@ -234,17 +234,17 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
         roles = softmax_roles(part)
         program, sizes, runs = _runs_of(own, part, here)
         alone = replace(own, program=program, sizes=sizes, tensors=here.tensors, runs=runs, key_tile=key_tile)
+        names = (
+            {out.name: out.name for out in part.outputs} if roles is None else {roles[3]: "o", roles[4] or "": "lse"}
+        )
         rows = next(out.name for out in part.outputs if out.rows is not None)
         try:
             outputs = outputs_of(backend or DEVICES[call.q.device.type])
-            made = fused(alone, part, here, Maps(fusion.before, after, rows), outputs)
+            made = fused(alone, part, here, Maps(fusion.before, after, rows, names), outputs)
         except Unavailable:
             return None
-        names = {} if roles is None else {"o": roles[3], "lse": roles[4]}
-        if after is not None:
-            names["o" if roles else rows] = after.name
-        named = {names.get(name, name): t for name, t in made.items()}
-        return {name: t for name, t in named.items() if name is not None}
+        found = {name: made[own] for name, own in names.items() if name}
+        return found if after is None else {(after.name if name == rows else name): t for name, t in found.items()}
 
     def rows(stage: Map, here: Environment) -> Tensor:
         return make_rows(stage, here, call) if compiled and backend != "eager" else run_rows(stage, here)
@@ -308,9 +308,15 @@ def _taking_in(fusion: Fusion, found: Lowered) -> Attend | None:
     for part in reversed(found.parts):
         rows = [out.name for out in part.outputs if out.rows is not None]
         if len(rows) == 1 and rows[0] in fusion.rows and rows[0] not in found.after:
-            others = {out.name for out in part.outputs} - set(rows)
-            return None if others & loads_of(fusion.after) else part
+            others = {out.name for out in part.outputs if out.name != rows[0]} & loads_of(fusion.after)
+            return part if all(_of_row(part, name, fusion.after) for name in others) else None
     return None
+
+
+def _of_row(part: Attend, name: str, after: Map) -> bool:
+    """Whether an output is a number of a row that ``after`` reads of its own row."""
+    out = next(out for out in part.outputs if out.name == name)
+    return out.over in ("k", "") and not out.key and out.monoid != "argmax" and in_place(after, name, 3)
 
 
 def _differentiable(stage: Attend) -> bool:

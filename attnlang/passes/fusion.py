@@ -8,6 +8,7 @@ read by many blocks: what makes these is done once, before.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attnlang.ir import (
@@ -28,11 +29,12 @@ from attnlang.ir import (
 from attnlang.ir.nodes import substitute
 from attnlang.ir.stages import Stage
 
-__all__ = ["INNER", "Fusion", "fusions", "loads_of", "on_rows_at_hand"]
+__all__ = ["INNER", "Fusion", "fusions", "here", "in_place", "loads_of", "on_rows_at_hand", "statistics"]
 
 INNER = Input("inner", FLOAT, "bhqd")
 """An element of the rows at hand, in a stage that changes rows on their way."""
 
+_HERE = "_of_row"
 _PLACE = tuple(Index(axis) for axis in "bhqd")
 
 
@@ -86,7 +88,7 @@ def fusions(program: Program) -> dict[str, Fusion]:
                     for out in stage.outputs
                     if out.rows is not None and out.over == "k" and not out.key
                     if out.name not in program.results and readers.get(out.name) == [candidate]
-                    if _in_place(candidate, out.name)
+                    if in_place(candidate, out.name)
                 )
                 if rows:
                     after = candidate
@@ -107,13 +109,26 @@ def _before(stage: Attend, maps: dict[str, Map], readers: dict[str, list[Stage]]
     return found if readers[found.name] == [stage] and found.name not in program.results else None
 
 
-def _in_place(stage: Map, name: str) -> bool:
-    """Whether a stage reads the rows ``name`` at its own place only."""
+def in_place(stage: Map, name: str, rank: int = 4) -> bool:
+    """Whether a stage reads a tensor of ``rank`` dimensions, and at its own place only."""
     loads = [n for n in postorder(*stage.roots()) if isinstance(n, Load) and n.tensor == name]
-    return bool(loads) and all(n.indices == _PLACE for n in loads)
+    return bool(loads) and all(n.indices == _PLACE[:rank] for n in loads)
 
 
-def on_rows_at_hand(stage: Map, name: str) -> Map:
-    """``stage`` with the rows ``name`` at hand."""
+def on_rows_at_hand(stage: Map, name: str, statistics: Mapping[str, str]) -> Map:
+    """``stage`` with the rows ``name`` at hand, and with what the kernel makes beside them of a row: ``statistics`` are
+    its outputs by the names that ``stage`` has for them."""
     found: dict[Expr, Expr] = {Load(name, _PLACE, FLOAT): INNER}
+    found |= {Load(theirs, _PLACE[:3], FLOAT): here(own) for theirs, own in statistics.items()}
     return map_record(stage, lambda e: substitute(e, found))
+
+
+def here(name: str) -> Input:
+    """What a kernel makes of the row at hand, in a stage that it takes in."""
+    return Input(f"{name}{_HERE}", FLOAT, "bhq")
+
+
+def statistics(stage: Map) -> tuple[str, ...]:
+    """Outputs of the kernel that ``stage`` reads of the row at hand."""
+    found = [n.name for n in postorder(*stage.roots()) if isinstance(n, Input) and n.name.endswith(_HERE)]
+    return tuple(dict.fromkeys(name.removesuffix(_HERE) for name in found))
