@@ -1,6 +1,6 @@
 """Whole attention mechanisms on the CPU beside the PyTorch they replace, interleaved in one process; and their memory.
 
-Every program is built from the IR, so that what is measured is the compiler and not a library entry. ``--quick`` takes
+No program is of the library, so that what is measured is the compiler and not an entry of it. ``--quick`` takes
 short sequences and saves nothing; ``--only NAME`` one mechanism; ``--memory`` the memory table alone.
 """
 
@@ -73,7 +73,7 @@ class Mechanism:
     program: Program
     peer: str
     compose: Callable[..., Tensor]
-    captured: dict[str, Tensor]
+    captured: dict[str, Any]
     length: int
     heads: int = HEADS
     keys: int | None = None
@@ -184,6 +184,41 @@ def decoupled(n: int) -> Mechanism:
     return Mechanism("decoupled cross-attention", program, "2 x SDPA", compose, {}, n, keys=77 + 257)
 
 
+TURNED = """\
+{x}[b, h, q, d] * cos[q, d] + sin[q, d] * ({x}[b, h, q, d - half] if d >= half else -{x}[b, h, q, d + half])"""
+ROTARY = f"""
+pattern rotary(cos: float[N, F], sin: float[N, F], gate: float[B, H, Lq], window: int = 128):
+    let half = D // 2
+    rows turned[Lq, D] = {TURNED.format(x="Q")}
+    rows keys_[B, Hkv, Lk, D] = {TURNED.format(x="K")}
+    attend inner:
+        queries = turned
+        keys = keys_
+        mask = k <= q and q - k < window
+    rows o[Lq, Dv] = inner[b, h, q, d] * rsqrt(mean_d(inner[b, h, q, d] ** 2) + 1e-6) * sigmoid(gate[b, h, q])
+"""
+
+
+def rotary(n: int, window: int) -> Mechanism:
+    """Queries and keys turned by position, a norm of the result and a gate; the peer is all of it compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    angle = torch.arange(n)[:, None] * 10000.0 ** (-2 * torch.arange(DIM // 2) / DIM).repeat(2)
+    blocks = create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), 1, 1, n, n, device="cpu")
+
+    def compose(q_: Tensor, k_: Tensor, v_: Tensor, cos: Tensor, sin: Tensor, gate: Tensor, window: int) -> Tensor:
+        def turn(x: Tensor) -> Tensor:
+            one, two = x.chunk(2, -1)
+            return x * cos + torch.cat([-two, one], -1) * sin
+
+        made: Any = flex_attention(turn(q_), turn(k_), v_, block_mask=blocks)
+        return made * torch.rsqrt(made.square().mean(-1, keepdim=True) + 1e-6) * gate.sigmoid()[..., None]
+
+    captured = {"cos": angle.cos(), "sin": angle.sin(), "gate": torch.randn(1, HEADS, n), "window": window}
+    name = f"rotary, norm, gate; {'causal' if window >= n else f'window {window}'}"
+    return Mechanism(name, al.parse(ROTARY), "flex, all compiled", torch.compile(compose), captured, n)
+
+
 CASES: dict[str, tuple[Callable[[int], Mechanism], int]] = {
     "sigmoid": (sigmoid, 4096),
     "sink": (sink, 4096),
@@ -191,6 +226,8 @@ CASES: dict[str, tuple[Callable[[int], Mechanism], int]] = {
     "moba": (moba, 32768),
     "relative": (relative, 2048),
     "decoupled": (decoupled, 4096),
+    "rotary": (lambda n: rotary(n, n), 2048),
+    "rotary-window": (lambda n: rotary(n, 128), 8192),
 }
 
 

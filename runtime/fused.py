@@ -58,7 +58,7 @@ def fused(call: Call, stage: Attend, here: Environment, maps: Maps, outputs: Out
 def _at_hand(maps: Maps) -> Map | None:
     if maps.after is None:
         return None
-    others = {name: own for name, own in maps.names.items() if name not in ("", maps.inner)}
+    others = tuple((name, own) for name, own in maps.names.items() if name not in ("", maps.inner))
     return on_rows_at_hand(maps.after, maps.inner, others)
 
 

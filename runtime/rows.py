@@ -120,7 +120,7 @@ def for_kernels(stage: Map, env: Environment, tensors: Mapping[str, Tensor]) -> 
     Raises:
         Unavailable: the stage reads a parameter that is a tensor.
     """
-    if any(isinstance(env.params.get(p.name), Tensor) for p in _params(stage)):
+    if any(isinstance(env.params.get(name), Tensor) for name in _params(stage)):
         raise Unavailable("a parameter is a tensor")
     changed, tables = tabulated(stage)
     found = {**tensors, **{name: _table(expr, stage, env) for name, expr in tables}}
@@ -137,8 +137,9 @@ def read_by(stage: Map, env: Environment) -> dict[str, Tensor]:
     return {name: env.tensor(name) for name in _read(stage)}
 
 
-def _params(stage: Map) -> list[Param]:
-    return [n for n in postorder(*stage.roots()) if isinstance(n, Param)]
+@functools.lru_cache(maxsize=256)
+def _params(stage: Map) -> tuple[str, ...]:
+    return tuple(n.name for n in postorder(*stage.roots()) if isinstance(n, Param))
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,6 @@ read by many blocks: what makes these is done once, before.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attnlang.ir import (
@@ -51,9 +50,10 @@ class Fusion:
     last: bool = False
 
 
-def loads_of(stage: Stage) -> set[str]:
+@functools.lru_cache(maxsize=256)
+def loads_of(stage: Stage) -> frozenset[str]:
     """Names of the tensors that expressions of ``stage`` read."""
-    return {n.tensor for n in postorder(*stage.roots()) if isinstance(n, Load)}
+    return frozenset(n.tensor for n in postorder(*stage.roots()) if isinstance(n, Load))
 
 
 def _reads(stage: Stage) -> list[str]:
@@ -109,17 +109,19 @@ def _before(stage: Attend, maps: dict[str, Map], readers: dict[str, list[Stage]]
     return found if readers[found.name] == [stage] and found.name not in program.results else None
 
 
+@functools.lru_cache(maxsize=256)
 def in_place(stage: Map, name: str, rank: int = 4) -> bool:
     """Whether a stage reads a tensor of ``rank`` dimensions, and at its own place only."""
     loads = [n for n in postorder(*stage.roots()) if isinstance(n, Load) and n.tensor == name]
     return bool(loads) and all(n.indices == _PLACE[:rank] for n in loads)
 
 
-def on_rows_at_hand(stage: Map, name: str, statistics: Mapping[str, str]) -> Map:
+@functools.lru_cache(maxsize=256)
+def on_rows_at_hand(stage: Map, name: str, statistics: tuple[tuple[str, str], ...]) -> Map:
     """``stage`` with the rows ``name`` at hand, and with what the kernel makes beside them of a row: ``statistics`` are
-    its outputs by the names that ``stage`` has for them."""
+    the names that ``stage`` has for its outputs, and its own."""
     found: dict[Expr, Expr] = {Load(name, _PLACE, FLOAT): INNER}
-    found |= {Load(theirs, _PLACE[:3], FLOAT): here(own) for theirs, own in statistics.items()}
+    found |= {Load(theirs, _PLACE[:3], FLOAT): here(own) for theirs, own in statistics}
     return map_record(stage, lambda e: substitute(e, found))
 
 
