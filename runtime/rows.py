@@ -39,7 +39,7 @@ from .compiled import rows_of
 from .errors import Unavailable
 from .transforms import Kind, innermost, without_kernels
 
-__all__ = ["declaring", "for_kernels", "make_rows", "read_by", "rows_call", "tabulated"]
+__all__ = ["as_rows", "declaring", "for_kernels", "load_axes", "make_rows", "read_by", "rows_call", "tabulated"]
 
 Tensor = torch.Tensor
 
@@ -178,11 +178,23 @@ def _square(node: Op) -> bool:
     return node.op == "pow" and isinstance(node.args[1], Const) and node.args[1].value == 2.0
 
 
+def load_axes(expr: Expr) -> str:
+    """Axes of the table of ``expr``."""
+    return "".join(a for a in "qd" if a in axes_of(expr)[expr])
+
+
 def _table(expr: Expr, stage: Map, env: Environment) -> Tensor:
-    axes = "".join(a for a in "qd" if a in axes_of(expr)[expr])
+    axes = load_axes(expr)
     extents = tuple(int(evaluate(stage.extents["bhqd".index(a)], env)) for a in axes)
     with torch.no_grad():
         return evaluate(expr, index_grid(extents, axes, env)).to(env.float_dtype).expand(extents).contiguous()
+
+
+def as_rows(program: Program, stage: Map, ranks: Mapping[str, int]) -> Program:
+    """Return ``stage`` as a program of its own; ``ranks`` are dimensions of what it reads."""
+    changed, tables = tabulated(stage)
+    known = {**ranks, **{name: len(load_axes(e)) for name, e in tables}}
+    return declaring(program, (changed,), tuple((name, known[name]) for name in _read(changed)))
 
 
 @functools.lru_cache(maxsize=256)

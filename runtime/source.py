@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from attnlang.ir import BOOL, INT, Program, Type, UsageError
+from attnlang.ir import BOOL, INT, Attend, Map, Program, Type, UsageError
 
 from .bind import suggest
 
@@ -53,16 +53,28 @@ def plan_for(
     Raises:
         UsageError: unknown target or dtype, a head dimension outside 1 to 512, or a program that is not one kernel.
     """
+    _check_one_kernel(program)
+    return _plan(program, target, head_dim, value_dim, dtype, storage)
+
+
+def _plan(
+    program: Program,
+    target: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    storage: Mapping[str, str] | None,
+) -> KernelPlan:
+    """The plan of one stage of attention and the rows stages that its kernel takes in."""
     from attnlang.codegen.plan import make_plan
 
     check_target(target)
-    _check_one_kernel(program)
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}{suggest(str(dtype), DTYPES)}")
     for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
         if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MAX_DIM:
             raise UsageError(f"{name} must be an int from 1 to {MAX_DIM}, got {dim!r}")
-    held = {t.name: (storage or {}).get(t.name, _STORAGE.get(t.type, "float32")) for t in program.tensors}
+    held = _held(program, dtype, storage)
     return make_plan(
         program,
         dtype=dtype,
@@ -71,6 +83,12 @@ def plan_for(
         storage=held,
         closed=("k",) if _exact(program) else (),
     )
+
+
+def _held(program: Program, dtype: str, storage: Mapping[str, str] | None) -> dict[str, str]:
+    """dtype names of what a program reads; operands that rows stages read have that of the call."""
+    types = {**dict.fromkeys(("q", "k", "v"), dtype), **(storage or {})}
+    return {t.name: types.get(t.name, _STORAGE.get(t.type, "float32")) for t in program.tensors}
 
 
 def is_one_kernel(program: Program) -> bool:
@@ -125,7 +143,10 @@ def source(
     Raises:
         UsageError: see :func:`plan_for`.
     """
-    plan = plan_for(program, target, head_dim, value_dim, dtype, storage)
+    return _emitted(plan_for(program, target, head_dim, value_dim, dtype, storage), target)
+
+
+def _emitted(plan: KernelPlan, target: str) -> str:
     if target.startswith("cpu"):
         from attnlang.codegen.cpp import emit as emit_cpp
 
@@ -150,15 +171,30 @@ def sources(
         UsageError: as :func:`plan_for`, or there is none; the message has the reason for each part.
     """
     from .compiled import why_none
-    from .stages import parts_of
+    from .parts import parts_of
 
-    parts = dict(parts_of(program))
-    reasons = {name: why_none(part.attend) for name, part in parts.items()}
+    check_target(target)
+    parts = parts_of(program)
+    attends = {name: any(isinstance(s, Attend) for s in part.stages) for name, part in parts.items()}
+    reasons = {name: why_none(part.attend) if attends[name] else "" for name, part in parts.items()}
     if all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise UsageError(f"no part of {program.name} is a kernel without its operands: {why}")
-    return {
-        name: source(part, target, head_dim, value_dim, dtype, storage)
-        for name, part in parts.items()
-        if not reasons[name]
-    }
+
+    def text(part: Program, attends: bool) -> str:
+        if attends:
+            return _emitted(_plan(part, target, head_dim, value_dim, dtype, storage), target)
+        return _rows_source(part, target, _held(part, dtype, storage))
+
+    return {name: text(part, attends[name]) for name, part in parts.items() if not reasons[name]}
+
+
+def _rows_source(program: Program, target: str, storage: Mapping[str, str]) -> str:
+    from attnlang.codegen.rows import rows_plan
+
+    (stage,) = program.stages
+    assert isinstance(stage, Map)
+    plan = rows_plan(program, stage, storage)
+    from attnlang.codegen.cpp_rows import emit
+
+    return emit(plan, isa_for(target))

@@ -1,13 +1,13 @@
 """Programs beyond one softmax stage: the stage graph runs in order, each stage on the executor that can run it.
 
 An Attend stage that is softmax attention in disguise (other operands, other names) becomes a call of its own, so that
-compiled kernels serve it; any other goes to the blockwise executor. Rows stages are PyTorch.
+compiled kernels serve it; any other goes to the blockwise executor. Rows made point by point have kernels, too, and a
+kernel of attention takes them in where it can (``fused``); pools and selections are PyTorch.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -15,46 +15,34 @@ import torch
 
 from attnlang.ir import (
     DEFAULT_OUTPUTS,
-    FLOAT,
-    KEY_ADDRESS,
-    QUERY_ADDRESS,
-    SOFTMAX,
     Attend,
     Branch,
     Dot,
     Environment,
-    Expr,
     Map,
     Program,
-    Size,
-    TensorParam,
-    Type,
-    evaluate,
-    substitute,
-    tensors_made,
 )
 from attnlang.ir.build import any_of
 from attnlang.ir.rowstages import run_rows
-from attnlang.ir.types import BOOL, INT
 from attnlang.passes.buckets import FIRST, in_buckets
-from attnlang.passes.fusion import Fusion, fusions, in_place, loads_of
+from attnlang.passes.fusion import Fusion, fusions
 from attnlang.passes.positions import at_slots
-from attnlang.passes.simplify import map_program
 from attnlang.passes.terms import alone
 
 from . import buckets, regions
+from .alone import as_program, softmax_roles
 from .call import Call
 from .compiled import DEVICES, has_gradient, has_kernel, kernel_of, outputs_of
 from .eager import compute_dtype
 from .errors import Unavailable
-from .fused import Maps, fused
-from .lowering import Lowered, apart, lowered, recorded
+from .fused import fused, maps_of, taking_in
+from .lowering import apart, lowered, recorded
 from .roots import has_roots, probe, without_roots
 from .rows import make_rows
 from .runs import Runs, run_maps
 from .transforms import Kind, innermost, without_kernels
 
-__all__ = ["parts_of", "run", "softmax_roles"]
+__all__ = ["run"]
 
 NARROW = 16
 """Keys in a tile of a stage that was taken apart: branches often share the keys out among them, at any number."""
@@ -67,103 +55,6 @@ Attention: TypeAlias = Callable[[Call], tuple[Tensor, Tensor]]
 Rows: TypeAlias = Callable[[Map, Environment], Tensor]
 Attends: TypeAlias = Callable[[Attend, Environment, Fusion], dict[str, Tensor]]
 ALONE = Fusion()
-
-
-def softmax_roles(stage: Attend) -> tuple[str, str, str, str, str | None] | None:
-    """(query, key, value operand, output, lse output) of a stage that is plain softmax attention, else None.
-
-    Such a stage has one dot product, one branch with softmax and no further hooks, and sums weighted rows.
-    """
-    if len(stage.terms) != 1 or len(stage.branches) != 1 or stage.position:
-        return None
-    (term,), branch = stage.terms, stage.branch
-    plain = Branch(branch.mask, branch.score)
-    if branch != plain or branch.normalizer != SOFTMAX or term.body is not None or term.name != "s":
-        return None
-    if term.left.index != QUERY_ADDRESS or term.right.index != KEY_ADDRESS:
-        return None
-    out, lse = DEFAULT_OUTPUTS
-    values = [o for o in stage.outputs if o.rows is not None]
-    others = [o for o in stage.outputs if o.rows is None]
-    if len(values) != 1 or len(others) > 1:
-        return None
-    if values[0] != replace(out, name=values[0].name, rows=values[0].rows):
-        return None
-    if any(o != replace(lse, name=o.name) for o in others):
-        return None
-    rows = values[0].rows
-    if rows is None or rows.index != KEY_ADDRESS:
-        return None
-    name = others[0].name if others else None
-    return term.left.source, term.right.source, rows.source, values[0].name, name
-
-
-def _made(program: Program, env: Environment) -> tuple[TensorParam, ...]:
-    """What earlier stages made, with the shapes it has."""
-    known = {t.name for t in program.tensors}
-    return tuple(
-        TensorParam(name, _type(t), tuple(Size(f"{name}_{d}") for d in range(t.dim())))
-        for name, t in env.tensors.items()
-        if name not in known
-    )
-
-
-def _type(t: Tensor) -> Type:
-    return BOOL if t.dtype is torch.bool else FLOAT if t.is_floating_point() else INT
-
-
-def _sizes(env: Environment, tensors: tuple[TensorParam, ...]) -> dict[str, int]:
-    found = dict(env.sizes)
-    for t in tensors:
-        for dim, extent in zip(t.shape, env.tensors[t.name].shape, strict=True):
-            if isinstance(dim, Size):
-                found.setdefault(dim.name, extent)
-    return found
-
-
-def _alone(program: Program, stage: Attend, env: Environment) -> tuple[Program, dict[str, int]]:
-    """``stage`` as a program of its own over its own lengths; sizes of the whole program get other names."""
-    made = _made(program, env)
-    sizes = _sizes(env, (*program.tensors, *made))
-    lengths = dict(zip(("Lq", "Lk"), (int(evaluate(e, env)) for e in stage.lengths), strict=True))
-    changed = tuple(name for name, length in lengths.items() if length != sizes[name])
-    for name in changed:
-        sizes[f"{name}_program"], sizes[name] = sizes[name], lengths[name]
-    return _program_of(program, stage, made, changed), sizes
-
-
-@functools.lru_cache(maxsize=256)
-def _program_of(program: Program, stage: Attend, made: tuple[TensorParam, ...], changed: tuple[str, ...]) -> Program:
-    """The same object for the same stage, since kernels are remembered by program."""
-    alone = Program(program.name, (stage,), program.scalars, (*program.tensors, *made))
-    renamed: dict[Expr, Expr] = {Size(name): Size(f"{name}_program") for name in changed}
-    alone = map_program(alone, lambda e: substitute(e, renamed)) if renamed else alone
-    alone = replace(alone, stages=(replace(alone.attend, lengths=Attend().lengths),))
-    if softmax_roles(alone.attend) is not None:
-        alone = replace(alone, stages=(Attend(branches=alone.attend.branches),))
-    return alone
-
-
-def parts_of(program: Program) -> Iterator[tuple[str, Program]]:
-    """Every part of a stage of attention that may be a kernel of its own, by name, as a program over its own lengths.
-
-    Without operands nothing is known of rewrites that make tensors (``lowering``), so calls may run other kernels.
-    """
-    shapes = {t.name: t.shape for t in program.tensors}
-    made: list[TensorParam] = []
-    stages = {stage.name for stage in program.stages}
-    for stage in program.stages:
-        if isinstance(stage, Attend):
-            lengths = zip(("Lq", "Lk"), stage.lengths, strict=True)
-            changed = tuple(name for name, length in lengths if length is not Size(name))
-            for part in apart(alone(at_slots(stage))[0]):
-                name = part.name
-                while name in stages and name != stage.name:
-                    name += "_"
-                yield name, _program_of(program, part, tuple(made), changed)
-        for name, t in tensors_made(stage, shapes).items():
-            shapes[name] = t.shape
-            made.append(replace(t, shape=tuple(Size(f"{name}_{d}") for d in range(len(t.shape)))))
 
 
 def run(call: Call, attention: Attention, backend: str | None = None) -> dict[str, Tensor]:
@@ -211,7 +102,7 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
         ways = {part: way(own, part, inner, key_tile) for part in found.parts}
         if None in ways.values():
             return one(call, stage, here)
-        last = _taking_in(fusion, found)
+        last = taking_in(fusion, found.parts, found.after)
         made: dict[str, Tensor] = {}
         for part, run in ways.items():
             if run is not None and part is not last:
@@ -227,24 +118,16 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
     ) -> dict[str, Tensor] | None:
         """What ``part`` makes in a kernel that takes rows stages in, None where there is none."""
         after = fusion.after if call.q.dtype is torch.float32 or fusion.last else None
-        if after is not None and (_taking_in(fusion, Lowered((part,), {}, {})) is None):
-            after = None
-        if after is None and fusion.before is None:
+        maps = maps_of(part, replace(fusion, after=after))
+        if maps is None:
             return None
-        roles = softmax_roles(part)
         program, sizes, runs = _runs_of(own, part, here)
         alone = replace(own, program=program, sizes=sizes, tensors=here.tensors, runs=runs, key_tile=key_tile)
-        names = (
-            {out.name: out.name for out in part.outputs} if roles is None else {roles[3]: "o", roles[4] or "": "lse"}
-        )
-        rows = next(out.name for out in part.outputs if out.rows is not None)
         try:
             outputs = outputs_of(backend or DEVICES[call.q.device.type])
-            made = fused(alone, part, here, Maps(fusion.before, after, rows, names), outputs)
+            return fused(alone, part, here, maps, outputs)
         except Unavailable:
             return None
-        found = {name: made[own] for name, own in names.items() if name}
-        return found if after is None else {(after.name if name == rows else name): t for name, t in found.items()}
 
     def rows(stage: Map, here: Environment) -> Tensor:
         return make_rows(stage, here, call) if compiled and backend != "eager" else run_rows(stage, here)
@@ -300,25 +183,6 @@ def _run(program: Program, env: Environment, attend: Attends, rows: Rows, takes_
     return made
 
 
-def _taking_in(fusion: Fusion, found: Lowered) -> Attend | None:
-    """The part that can take ``fusion.after`` in: the last one whose rows it changes, if others make what else it reads
-    of the stage."""
-    if fusion.after is None:
-        return None
-    for part in reversed(found.parts):
-        rows = [out.name for out in part.outputs if out.rows is not None]
-        if len(rows) == 1 and rows[0] in fusion.rows and rows[0] not in found.after:
-            others = {out.name for out in part.outputs if out.name != rows[0]} & loads_of(fusion.after)
-            return part if all(_of_row(part, name, fusion.after) for name in others) else None
-    return None
-
-
-def _of_row(part: Attend, name: str, after: Map) -> bool:
-    """Whether an output is a number of a row that ``after`` reads of its own row."""
-    out = next(out for out in part.outputs if out.name == name)
-    return out.over in ("k", "") and not out.key and out.monoid != "argmax" and in_place(after, name, 3)
-
-
 def _differentiable(stage: Attend) -> bool:
     return softmax_roles(stage) is not None or has_gradient(stage)
 
@@ -342,7 +206,7 @@ def _plain(
     key_tile: int,
 ) -> dict[str, Tensor]:
     query, key, value, out, lse = roles
-    alone, sizes = _alone(call.program, stage, here)
+    alone, sizes = as_program(call.program, stage, here)
     q, k, v = (here.rows(name).to(call.q.dtype) for name in (query, key, value))
     sizes |= {"Hkv": k.shape[1]}
     runs = run_maps.provider(alone, sizes, call.params, here.tensors)
@@ -352,7 +216,7 @@ def _plain(
 
 def _runs_of(call: Call, stage: Attend, here: Environment) -> tuple[Program, dict[str, int], Runs]:
     """A stage as a program of its own, its sizes, and the run maps of what any branch sees."""
-    alone, sizes = _alone(call.program, stage, here)
+    alone, sizes = as_program(call.program, stage, here)
     inner = at_slots(alone.attend)  # the map counts slots
     mask = any_of(*(branch.mask for branch in inner.branches))
     union = replace(inner, branches=(Branch(mask),), outputs=DEFAULT_OUTPUTS, terms=(Dot(),))

@@ -187,8 +187,8 @@ pattern two(more_q: float[B, H, Lq, R], more_k: float[B, 1, Lk, R]):
 @pytest.mark.parametrize("target", ["cpu", "cuda:90"])
 def test_sources_of_the_parts_of_a_program(target: str) -> None:
     made = al.compile(al.library.anchor).sources(target, head_dim=32)
-    assert list(made) == ["near", "read"]
-    assert len(set(made.values())) == 2
+    assert list(made) == ["near", "best_row", "read"]
+    assert len(set(made.values())) == 3
     assert list(al.compile(al.library.gated_duo).sources(target)) == ["attend_0", "attend_1"]
     causal = al.compile(al.parse("pattern p: mask = k <= q"))
     assert causal.sources(target) == {"attend": causal.source(target)}
