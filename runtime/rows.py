@@ -1,12 +1,13 @@
 """Rows stages on kernels: one pass over memory where PyTorch makes a tensor for each operation.
 
-A kernel makes the rows; their gradients are PyTorch's own, of the same stage.
+Gradients are rows, too (``row_backward``); those that are not, and gradients of gradients, are PyTorch's own of the
+same stage.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from attnlang.passes.levels import axes_of
 from .call import Call
 from .compiled import rows_of
 from .errors import Unavailable
+from .row_backward import GRADIENT, gradient_of
 from .transforms import Kind, innermost, without_kernels
 
 __all__ = ["as_rows", "declaring", "for_kernels", "load_axes", "make_rows", "read_by", "rows_call", "tabulated"]
@@ -71,8 +73,8 @@ class _Work:
 
 
 class _Rows(torch.autograd.Function):
-    """The kernel, and as its derivative that of the stage in PyTorch, on tensors of its own: some of those given may be
-    made of each other, and the gradient of each is that of its own part."""
+    """The kernel, and as its derivative kernels or that of the stage in PyTorch, on tensors of its own: some of those
+    given may be made of each other, and the gradient of each is that of its own part."""
 
     @staticmethod
     def forward(ctx: Any, work: _Work, *tensors: Tensor) -> Tensor:
@@ -84,16 +86,42 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()
         wanted = ctx.needs_input_grad[1:]
+        if not again and (made := _gradients(ctx.work, ctx.saved_tensors, grads[0], wanted)) is not None:
+            return None, *made
         with torch.enable_grad():
             tensors = [
                 t if not want else t.view_as(t) if again else t.detach().requires_grad_()
                 for t, want in zip(ctx.saved_tensors, wanted, strict=True)
             ]
             env = replace(ctx.work.env, tensors=dict(zip(ctx.work.names, tensors, strict=True)), operands={})
-            made = run_rows(ctx.work.stage, env)
+            rows = run_rows(ctx.work.stage, env)
             inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
-            found = iter(torch.autograd.grad(made, inputs, grads[0], create_graph=again, allow_unused=True))
+            found = iter(torch.autograd.grad(rows, inputs, grads[0], create_graph=again, allow_unused=True))
         return None, *(next(found) if want else None for want in wanted)
+
+
+def _gradients(
+    work: _Work, tensors: tuple[Tensor, ...], grad: Tensor, wanted: Iterable[bool]
+) -> list[Tensor | None] | None:
+    """Gradients of ``tensors`` by kernels, None where these cannot make all that are ``wanted``."""
+    given = dict(zip(work.names, tensors, strict=True))
+    env = replace(work.env, tensors=given, operands={})
+    extents = tuple(grad.shape)
+    found: list[Tensor | None] = []
+    try:
+        for (name, t), want in zip(given.items(), wanted, strict=True):
+            made = gradient_of(work.stage, name, env, extents) if want else None
+            if want and made is None:
+                return None
+            if made is None:
+                found.append(None)
+                continue
+            here = replace(env, tensors={**given, **made.tables, GRADIENT: grad})
+            rows = _by_kernel(made.stage, here, work.call, read_by(made.stage, here))
+            found.append(made.summed(rows, t.shape).to(t.dtype))
+    except Unavailable:
+        return None
+    return found
 
 
 def _by_kernel(stage: Map, env: Environment, call: Call, tensors: dict[str, Tensor]) -> Tensor:

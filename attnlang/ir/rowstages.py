@@ -8,7 +8,7 @@ import torch
 
 from .build import FALSE
 from .evaluate import Environment, evaluate
-from .nodes import Expr, Index, Load, postorder, rewrite
+from .nodes import Expr, Index, Load, index_axes, input_names, postorder, rewrite
 from .nodes import Input as Named
 from .stages import Map, Pool, Select
 from .types import FLOAT
@@ -40,31 +40,42 @@ def index_grid(extents: tuple[int, ...], axes: str, env: Environment) -> Environ
     return replace(env, indices=dict(zip(axes, vectors, strict=True)))
 
 
-def _whole_loads(roots: tuple[Expr, ...], axes: str, extents: tuple[int, ...], env: Environment) -> dict[Load, Tensor]:
-    """Loads indexed by distinct axes alone, in order, over whole dimensions: views, where a gather would be slow."""
+def _views(roots: tuple[Expr, ...], axes: str, extents: tuple[int, ...], env: Environment) -> dict[Load, Tensor]:
+    """Loads whose dimensions belong to distinct axes, in order, each to all of an axis or to an expression of it alone:
+    views and selections along dimensions, where a gather, and even more its derivative, would be slow."""
     found: dict[Load, Tensor] = {}
     for node in postorder(*roots):
         if not isinstance(node, Load) or node.type is not FLOAT:
             continue
-        names = [i.axis if isinstance(i, Index) else "" for i in node.indices]
+        names = [_axis(i) for i in node.indices]
         places = [axes.find(n) if n else -1 for n in names]
         t = env.tensor(node.tensor)
-        if -1 in places or places != sorted(set(places)):
+        if -1 in places or places != sorted(set(places)) or not t.numel():
             continue
-        if any(t.shape[i] != extents[p] for i, p in enumerate(places)):
+        if any(isinstance(i, Index) and t.shape[n] != extents[places[n]] for n, i in enumerate(node.indices)):
             continue
+        for dim, (index, place) in enumerate(zip(node.indices, places, strict=True)):
+            if not isinstance(index, Index):
+                along = replace(env, indices={axes[place]: torch.arange(extents[place], device=env.device)})
+                t = t.index_select(dim, evaluate(index, along).clamp(0, t.shape[dim] - 1).expand(extents[place]))
         shape = [1] * len(axes)
-        for i, p in enumerate(places):
-            shape[p] = t.shape[i]
+        for dim, place in enumerate(places):
+            shape[place] = t.shape[dim]
         found[node] = t.reshape(shape).to(env.float_dtype)
     return found
+
+
+def _axis(index: Expr) -> str:
+    """The one axis that ``index`` is an expression of, or nothing."""
+    axes = index_axes(index)
+    return next(iter(axes)) if len(axes) == 1 and not input_names(index) else ""
 
 
 def _map(stage: Map, env: Environment) -> Tensor:
     extents = tuple(int(evaluate(e, env)) for e in stage.extents)
     grid = index_grid(extents, "bhqd", env)
     roots = (*(e for _, _, e in stage.lets), stage.value)
-    whole = _whole_loads(roots, "bhqd", extents, env)
+    whole = _views(roots, "bhqd", extents, env)
     views = {load: Named(f"view {i}", FLOAT, "bhqd") for i, load in enumerate(whole)}
     roots = rewrite(roots, lambda n: views.get(n, n) if isinstance(n, Load) else n)
     inputs = {views[load].name: view for load, view in whole.items()}
