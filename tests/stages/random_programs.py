@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
@@ -18,7 +17,6 @@ from attnlang.ir import (
     Branch,
     Dot,
     Expr,
-    Index,
     Input,
     Load,
     Map,
@@ -28,55 +26,21 @@ from attnlang.ir import (
     Param,
     Pool,
     Program,
-    ScalarParam,
     Select,
     Size,
     Stage,
     Stat,
-    TensorParam,
     dropout,
+    postorder,
     stat,
 )
 from attnlang.ir.build import TRUE, all_of, any_of, b, cdiv, const, h, k, op, q, s
 from attnlang.ir.stages import BODY_LEFT, BODY_RIGHT, KEY, KEY_ADDRESS, QUERY, RAW, SOFTMAX, VALUE, WEIGHT
 
-T = TypeVar("T")
-OUT, LSE = DEFAULT_OUTPUTS
-TENSORS = (
-    TensorParam("head", FLOAT, (Size("H"),)),
-    TensorParam("row", FLOAT, (Size("Lq"),)),
-    TensorParam("col", FLOAT, (Size("B"), Size("Lk"))),
-    TensorParam("table", FLOAT, (const(9),)),
-    TensorParam("rel", FLOAT, (const(9), Size("D"))),
-    TensorParam("doc", INT, (Size("B"), Size("Lk"))),
-    TensorParam("heat", FLOAT, ()),
-    TensorParam("feature", FLOAT, (Size("D"),)),
-    TensorParam("by_key", FLOAT, (const(6), Size("D"))),
-    TensorParam("page", INT, (Size("B"), const(5))),
-)
-SCALARS = (ScalarParam("reach", INT, 6), ScalarParam("strength", FLOAT, 0.4))
-HEAD, ROW, COL = Load("head", (h,), FLOAT), Load("row", (q,), FLOAT), Load("col", (b, k), FLOAT)
-OFFSET = op("min", op("max", op("add", op("sub", k, q), 4), 0), 8)
-TABLE = Load("table", (OFFSET,), FLOAT)
+from .random_draws import COL, HEAD, OFFSET, ROW, SCALARS, TABLE, TENSORS, Choice
+from .random_rows import D, epilogues, prologues, reading
 
-
-class Choice:
-    """Draws the parts of one program from a seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def one(self, options: Sequence[T]) -> T:
-        return self.random.choice(options)
-
-    def some(self, options: Sequence[T], most: int) -> list[T]:
-        return self.random.sample(list(options), self.random.randint(0, min(most, len(options))))
-
-    def chance(self, share: float) -> bool:
-        return self.random.random() < share
-
-    def number(self) -> float:
-        return self.random.choice((-1.5, -0.5, 0.25, 0.5, 1.0, 2.0))
+OUT = DEFAULT_OUTPUTS[0]
 
 
 def _mask(draw: Choice) -> Expr:
@@ -259,7 +223,7 @@ def _term(draw: Choice) -> Dot:
 def _body(draw: Choice) -> Expr:
     """What a first term that is no dot product sums over the features."""
     apart = op("sub", BODY_LEFT, BODY_RIGHT)
-    both = op("mul", Load("feature", (Index("d"),), FLOAT), op("tanh", op("add", BODY_LEFT, BODY_RIGHT)))
+    both = op("mul", Load("feature", (D,), FLOAT), op("tanh", op("add", BODY_LEFT, BODY_RIGHT)))
     return draw.one((both, both, op("neg", op("abs", apart)), op("mul", -0.5, op("mul", apart, apart))))
 
 
@@ -289,15 +253,6 @@ def _placed(draw: Choice, stage: Attend) -> Attend:
 def _positions(draw: Choice) -> tuple[tuple[str, Expr], ...]:
     start, every = ("q", op("add", q, draw.random.randint(1, 4))), ("k", op("add", op("mul", k, 2), 1))
     return draw.one(((start,), (every,), (start, every)))
-
-
-def _turned() -> Map:
-    """Queries made of those of the call, point by point."""
-    d = Index("d")
-    other = Load("q", (b, h, q, op("sub", op("sub", Size("D"), 1), d)), FLOAT)
-    own = Load("q", (b, h, q, d), FLOAT)
-    extents = (Size("B"), Size("H"), Size("Lq"), Size("D"))
-    return Map("turned", extents, op("add", own, op("mul", op("sigmoid", ROW), other)))
 
 
 def _chosen(draw: Choice) -> tuple[tuple[Pool, Attend, Select], Expr]:
@@ -343,17 +298,19 @@ def random_program(seed: int) -> Program:
         stage = replace(stage, branches=tuple(masked))
     if draw.chance(0.1):
         stage = _placed(draw, stage)
-    if draw.chance(0.08):
-        before = (_turned(), *before)
-        turned = [replace(x, left=Operand("turned", x.left.index)) for x in stage.terms]
-        stage = replace(stage, terms=tuple(turned))
-    stages: tuple[Stage, ...] = (*before, stage)
-    returns = tuple(out.name for out in outputs)
-    if "o" in returns and draw.chance(0.3):
-        at = (b, h, q, Index("d"))
-        gated = op("mul", Load("o", at, FLOAT), op("sigmoid", op("add", HEAD, ROW)))
-        stages += (Map("gated", (Size("B"), Size("H"), Size("Lq"), Size("Dv")), gated),)
-        returns = ("gated", *returns)
+    after: tuple[Map, ...] = ()
+    if draw.chance(0.35):
+        stage, after = epilogues(draw, stage)
+    returns = tuple(out.name for out in stage.outputs)
+    if after:
+        read = {n.tensor for step in after for n in postorder(*step.roots()) if isinstance(n, Load)}
+        kept = tuple(name for name in returns if name not in read or draw.chance(0.4))
+        returns = (after[-1].name, *kept)
+    stages: tuple[Stage, ...] = (*before, stage, *after)
+    if draw.chance(0.2):
+        maps, names = prologues(draw)
+        stages = (*maps, *(reading(found, names) for found in stages))
+        returns += (maps[-1].name,) if draw.chance(0.15) else ()
     return Program(f"random_{seed}", stages, SCALARS, TENSORS, returns=returns)
 
 
@@ -365,7 +322,7 @@ def arguments(seed: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch
     shapes = ((batch, 2, lq, 4), (batch, kv, lk, 4), (batch, kv, lk, draw.choice((4, 4, 3))))
     operands = [torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in shapes]
     sizes = {"head": (2,), "row": (lq,), "col": (batch, lk), "table": (9,), "rel": (9, 4), "heat": (), "feature": (4,)}
-    sizes["by_key"] = (6, 4)
+    sizes |= {"by_key": (6, 4), "angle": (12, 4), "gate": (batch, 2, lq, 4)}
     captured = {n: torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for n, x in sizes.items()}
     captured["doc"] = torch.randint(0, 3, (batch, lk), generator=generator)
     captured["page"] = torch.randint(0, -(-lk // 4), (batch, 5), generator=generator)
