@@ -34,8 +34,19 @@ from attnlang.ir import (
     postorder,
     stat,
 )
-from attnlang.ir.build import TRUE, all_of, any_of, b, cdiv, const, h, k, op, q, s
-from attnlang.ir.stages import BODY_LEFT, BODY_RIGHT, KEY, KEY_ADDRESS, QUERY, RAW, SOFTMAX, VALUE, WEIGHT
+from attnlang.ir.build import FALSE, TRUE, all_of, any_of, b, cdiv, const, h, k, op, q, s
+from attnlang.ir.stages import (
+    BODY_LEFT,
+    BODY_RIGHT,
+    KEY,
+    KEY_ADDRESS,
+    QUERY,
+    QUERY_ADDRESS,
+    RAW,
+    SOFTMAX,
+    VALUE,
+    WEIGHT,
+)
 
 from .random_draws import COL, HEAD, OFFSET, ROW, SCALARS, TABLE, TENSORS, Choice
 from .random_rows import D, epilogues, prologues, reading
@@ -212,6 +223,15 @@ MAKERS: tuple[Callable[[Choice], Normalizer], ...] = (
 )
 
 
+def _further(draw: Choice, number: int) -> tuple[Branch, tuple[Output, ...]]:
+    """Branch ``number`` of a stage, and what is summed in it."""
+    normalizer = draw.one((SOFTMAX, SOFTMAX, _sink(draw), _elementwise(draw)))
+    outputs = [Output(f"other{number}", WEIGHT, VALUE, branch=number)]
+    if draw.chance(0.2):
+        outputs.append(Output(f"energy{number}", op("mul", WEIGHT, s), branch=number))
+    return Branch(_mask(draw), op("mul", s, draw.number()), normalizer), tuple(outputs)
+
+
 def _term(draw: Choice) -> Dot:
     """A second term: a table by distance, one by key, or a sum over features that is no product."""
     rows = draw.one((OFFSET, OFFSET, None))
@@ -250,6 +270,32 @@ def _placed(draw: Choice, stage: Attend) -> Attend:
     return replace(stage, terms=terms, outputs=tuple(outputs))
 
 
+def _asked(draw: Choice, stage: Attend) -> Attend:
+    """``stage`` with queries at addresses of their own: shifted, strided, backwards, of one head or batch element."""
+    batch, head, row = QUERY_ADDRESS
+    address = draw.one(
+        (
+            (batch, head, op("add", q, 2)),
+            (batch, head, op("mul", q, 2)),
+            (batch, head, op("sub", op("sub", Size("Lq"), 1), q)),
+            (batch, op("sub", 1, h), row),
+            (const(0), const(1), op("floordiv", q, 2)),
+        )
+    )
+    terms = tuple(replace(t, left=Operand("q", address)) for t in stage.terms)
+    outputs = tuple(replace(o, rows=Operand("q", address)) if o.rows == QUERY else o for o in stage.outputs)
+    if draw.chance(0.3):  # the other terms, and sums of queries, read them as they are
+        return replace(stage, terms=(terms[0], *stage.terms[1:]))
+    return replace(stage, terms=terms, outputs=outputs)
+
+
+def _lengths(draw: Choice) -> tuple[Expr, Expr]:
+    """Fewer queries or keys than there are, perhaps none."""
+    queries = draw.one((cdiv(Size("Lq"), const(2)), op("max", op("sub", Size("Lq"), 3), 0), const(1)))
+    keys = draw.one((cdiv(Size("Lk"), const(2)), op("max", op("sub", Size("Lk"), 3), 0), op("min", Size("Lk"), 4)))
+    return draw.one(((queries, Size("Lk")), (Size("Lq"), keys), (queries, keys)))
+
+
 def _positions(draw: Choice) -> tuple[tuple[str, Expr], ...]:
     start, every = ("q", op("add", q, draw.random.randint(1, 4))), ("k", op("add", op("mul", k, 2), 1))
     return draw.one(((start,), (every,), (start, every)))
@@ -263,8 +309,18 @@ def _chosen(draw: Choice) -> tuple[tuple[Pool, Attend, Select], Expr]:
     gate = Attend("gate", (Dot("s", QUERY, Operand("pooled", KEY_ADDRESS)),), (Branch(),), (liking,))
     gate = replace(gate, lengths=(Size("Lq"), blocks))
     extents = (Size("B"), Size("H"), Size("Lq"), blocks)
-    forced = op("eq", op("floordiv", q, 4), k)
-    select = Select("chosen", extents, Load("liking", (b, h, q, k), FLOAT), forced=forced, top=const(2))
+    candidates, forced = (
+        draw.one((TRUE, op("le", op("mul", k, 4), q))),
+        draw.one((FALSE, op("eq", op("floordiv", q, 4), k))),
+    )
+    select = Select("chosen", extents, Load("liking", (b, h, q, k), FLOAT), candidates, forced)
+    rule = draw.one(("top", "threshold", "mass"))
+    if rule == "top":
+        select = replace(select, top=draw.one((const(2), op("add", op("mod", q, 3), h))))
+    elif rule == "threshold":
+        select = replace(select, threshold=draw.one((const(0.1), HEAD, op("mul", ROW, 0.5))))
+    else:
+        select = replace(select, mass=draw.one((const(0.7), op("sigmoid", op("add", HEAD, ROW)))))
     return (pool, gate, select), Load("chosen", (b, h, q, op("floordiv", k, 4)), BOOL)
 
 
@@ -272,7 +328,8 @@ def random_program(seed: int) -> Program:
     """A legal program that captures :data:`TENSORS`."""
     draw = Choice(seed)
     two = draw.chance(0.4)
-    normalizer = draw.one(MAKERS)(draw)
+    several = draw.one((0,) * 15 + (1, 1, 1, 2, 3))
+    normalizer = SOFTMAX if several and draw.chance(0.4) else draw.one(MAKERS)(draw)
     group = _group(draw, normalizer)
     branch = Branch(
         _mask(draw),
@@ -284,20 +341,24 @@ def random_program(seed: int) -> Program:
     )
     outputs = _outputs(draw, normalizer, two)
     branches: tuple[Branch, ...] = (branch,)
-    if draw.chance(0.2):
-        branches = (branch, Branch(_mask(draw), op("mul", s, 0.5)))
-        outputs = (*outputs, Output("other", WEIGHT, VALUE, branch=1))
+    for number in range(1, 1 + several):
+        more, sums = _further(draw, number)
+        branches, outputs = (*branches, more), (*outputs, *sums)
     first = Dot("s", QUERY, KEY, _body(draw)) if draw.chance(0.12) else Dot()
     stage = Attend(terms=(first, _term(draw)) if two else (first,), branches=branches, outputs=outputs)
     before: tuple[Stage, ...] = ()
     if draw.chance(0.1):
         stage = replace(stage, position=_positions(draw))
-    elif draw.chance(0.08):
+    elif draw.chance(0.12):
         before, seen = _chosen(draw)
         masked = [replace(branch, mask=all_of(branch.mask, seen)) for branch in stage.branches]
         stage = replace(stage, branches=tuple(masked))
     if draw.chance(0.1):
         stage = _placed(draw, stage)
+    if draw.chance(0.08):
+        stage = _asked(draw, stage)
+    if draw.chance(0.08):
+        stage = replace(stage, lengths=_lengths(draw))
     after: tuple[Map, ...] = ()
     if draw.chance(0.35):
         stage, after = epilogues(draw, stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 from attnlang.ir import FLOAT, INT, Attend, Expr, Index, Input, Load, Map, Operand, Output, Pool, Size, Stage
 from attnlang.ir.build import b, const, h, op, q
@@ -174,20 +175,34 @@ def epilogues(draw: Choice, stage: Attend) -> tuple[Attend, tuple[Map, ...]]:
         stage = replace(stage, outputs=tuple(replace(o, name="inner") if o.name == "o" else o for o in stage.outputs))
         first, name = "inner", "o"
     at = element(first)
-    for other in others:
-        stage, share = _share(draw, stage, first, other)
+    for before, other in pairwise(rows):
+        stage, share = _share(draw, stage, before if before in others else first, other)
         at = _sum(at, element(other), share)
-    numbers = [o.name for o in stage.outputs if o == Output(o.name, o.value, branch=o.branch, monoid="sum")]
-    if numbers and draw.chance(0.4):
-        gate = op("sigmoid", Load(draw.one(numbers), (b, h, q), FLOAT))
-        at = _sum(at, at, gate)
+    if draw.chance(0.2):
+        stage, gate = _number(draw, stage)
+        at = _product(at, gate)
     made = _chain(draw, name, (Size("B"), Size("H"), stage.lengths[0], Size("Dv")), at)
     return stage, made
 
 
+def _with(stage: Attend, more: tuple[Output, ...]) -> Attend:
+    return replace(stage, outputs=(*stage.outputs, *(o for o in more if o not in stage.outputs)))
+
+
+def _number(draw: Choice, stage: Attend) -> tuple[Attend, Expr]:
+    """A gate made of a number of the row that ``stage`` makes, of its logsumexp where there is no other."""
+    numbers = [o.name for o in stage.outputs if o == Output(o.name, o.value, branch=o.branch)]
+    if not numbers and stage.branches[0].normalizer == SOFTMAX:
+        stage, numbers = _with(stage, (replace(LSE, name="lse_0"),)), ["lse_0"]
+    gates = [op("sigmoid", op("max", Load(name, (b, h, q), FLOAT), -20.0)) for name in numbers]
+    return stage, draw.one(gates or [op("sigmoid", HEAD)])
+
+
+def _product(one: Element, factor: Expr) -> Element:
+    return lambda *at: op("mul", one(*at), factor)
+
+
 def _sum(one: Element, other: Element, share: Expr) -> Element:
-    if one is other:
-        return lambda *at: op("mul", one(*at), share)
     return lambda *at: op("add", op("mul", one(*at), share), op("mul", other(*at), op("sub", 1.0, share)))
 
 
@@ -196,8 +211,6 @@ def _share(draw: Choice, stage: Attend, first: str, other: str) -> tuple[Attend,
     mine, theirs = (next(o for o in stage.outputs if o.name == name) for name in (first, other))
     if any(stage.branches[o.branch].normalizer != SOFTMAX for o in (mine, theirs)) or draw.chance(0.5):
         return stage, op("sigmoid", draw.one((HEAD, ROW, op("mul", ROW, 0.5))))
-    found = [replace(LSE, name=f"lse_{o.name}", branch=o.branch) for o in (mine, theirs)]
-    more = [o for o in found if o not in stage.outputs]
-    stage = replace(stage, outputs=(*stage.outputs, *more))
+    found = tuple(replace(LSE, name=f"lse_{o.branch}", branch=o.branch) for o in (mine, theirs))
     a, c = (op("max", Load(o.name, (b, h, q), FLOAT), -20.0) for o in found)
-    return stage, op("sigmoid", op("sub", a, c))
+    return _with(stage, found), op("sigmoid", op("sub", a, c))
