@@ -176,7 +176,7 @@ def _weight(draw: Choice) -> Expr | None:
     return draw.one(gate)
 
 
-def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, ...]:
+def _outputs(draw: Choice, normalizer: Normalizer, two: bool, several: bool) -> tuple[Output, ...]:
     found = [OUT] if draw.chance(0.85) else []
     row_stats = [st for st in normalizer.stats if not st.grouped]
     extra = [
@@ -207,7 +207,7 @@ def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, .
         extra.append(Output("statistic", op("mul", stat(draw.one(row_stats).name), 0.5), over="", empty=3.0))
     if two:
         extra.append(Output("offsets", WEIGHT, Operand("rel", (OFFSET,))))
-    found += draw.some(extra, draw.one((0, 1, 3)))
+    found += draw.some(extra, draw.one((0, 1) if several else (0, 1, 3)))
     return tuple(found) or (OUT,)
 
 
@@ -328,7 +328,7 @@ def random_program(seed: int) -> Program:
     """A legal program that captures :data:`TENSORS`."""
     draw = Choice(seed)
     two = draw.chance(0.4)
-    several = draw.one((0,) * 15 + (1, 1, 1, 2, 3))
+    several = draw.one((0,) * 28 + (1, 1, 1, 1, 2, 3))
     normalizer = SOFTMAX if several and draw.chance(0.4) else draw.one(MAKERS)(draw)
     group = _group(draw, normalizer)
     branch = Branch(
@@ -339,7 +339,7 @@ def random_program(seed: int) -> Program:
         group,
         None if group is None else const(3),
     )
-    outputs = _outputs(draw, normalizer, two)
+    outputs = _outputs(draw, normalizer, two, several > 0)
     branches: tuple[Branch, ...] = (branch,)
     for number in range(1, 1 + several):
         more, sums = _further(draw, number)
@@ -349,7 +349,7 @@ def random_program(seed: int) -> Program:
     before: tuple[Stage, ...] = ()
     if draw.chance(0.1):
         stage = replace(stage, position=_positions(draw))
-    elif draw.chance(0.12):
+    elif draw.chance(0.1):
         before, seen = _chosen(draw)
         masked = [replace(branch, mask=all_of(branch.mask, seen)) for branch in stage.branches]
         stage = replace(stage, branches=tuple(masked))
