@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 
@@ -18,7 +17,6 @@ from attnlang.ir import (
     Branch,
     Dot,
     Expr,
-    Index,
     Input,
     Load,
     Map,
@@ -28,55 +26,32 @@ from attnlang.ir import (
     Param,
     Pool,
     Program,
-    ScalarParam,
     Select,
     Size,
     Stage,
     Stat,
-    TensorParam,
     dropout,
+    postorder,
     stat,
 )
-from attnlang.ir.build import TRUE, all_of, any_of, b, cdiv, const, h, k, op, q, s
-from attnlang.ir.stages import BODY_LEFT, BODY_RIGHT, KEY, KEY_ADDRESS, QUERY, RAW, SOFTMAX, VALUE, WEIGHT
-
-T = TypeVar("T")
-OUT, LSE = DEFAULT_OUTPUTS
-TENSORS = (
-    TensorParam("head", FLOAT, (Size("H"),)),
-    TensorParam("row", FLOAT, (Size("Lq"),)),
-    TensorParam("col", FLOAT, (Size("B"), Size("Lk"))),
-    TensorParam("table", FLOAT, (const(9),)),
-    TensorParam("rel", FLOAT, (const(9), Size("D"))),
-    TensorParam("doc", INT, (Size("B"), Size("Lk"))),
-    TensorParam("heat", FLOAT, ()),
-    TensorParam("feature", FLOAT, (Size("D"),)),
-    TensorParam("by_key", FLOAT, (const(6), Size("D"))),
-    TensorParam("page", INT, (Size("B"), const(5))),
+from attnlang.ir.build import FALSE, TRUE, all_of, any_of, b, cdiv, const, h, k, op, q, s
+from attnlang.ir.stages import (
+    BODY_LEFT,
+    BODY_RIGHT,
+    KEY,
+    KEY_ADDRESS,
+    QUERY,
+    QUERY_ADDRESS,
+    RAW,
+    SOFTMAX,
+    VALUE,
+    WEIGHT,
 )
-SCALARS = (ScalarParam("reach", INT, 6), ScalarParam("strength", FLOAT, 0.4))
-HEAD, ROW, COL = Load("head", (h,), FLOAT), Load("row", (q,), FLOAT), Load("col", (b, k), FLOAT)
-OFFSET = op("min", op("max", op("add", op("sub", k, q), 4), 0), 8)
-TABLE = Load("table", (OFFSET,), FLOAT)
 
+from .random_draws import COL, HEAD, OFFSET, ROW, SCALARS, TABLE, TENSORS, Choice
+from .random_rows import D, epilogues, prologues, reading
 
-class Choice:
-    """Draws the parts of one program from a seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def one(self, options: Sequence[T]) -> T:
-        return self.random.choice(options)
-
-    def some(self, options: Sequence[T], most: int) -> list[T]:
-        return self.random.sample(list(options), self.random.randint(0, min(most, len(options))))
-
-    def chance(self, share: float) -> bool:
-        return self.random.random() < share
-
-    def number(self) -> float:
-        return self.random.choice((-1.5, -0.5, 0.25, 0.5, 1.0, 2.0))
+OUT = DEFAULT_OUTPUTS[0]
 
 
 def _mask(draw: Choice) -> Expr:
@@ -201,7 +176,7 @@ def _weight(draw: Choice) -> Expr | None:
     return draw.one(gate)
 
 
-def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, ...]:
+def _outputs(draw: Choice, normalizer: Normalizer, two: bool, several: bool) -> tuple[Output, ...]:
     found = [OUT] if draw.chance(0.85) else []
     row_stats = [st for st in normalizer.stats if not st.grouped]
     extra = [
@@ -232,7 +207,7 @@ def _outputs(draw: Choice, normalizer: Normalizer, two: bool) -> tuple[Output, .
         extra.append(Output("statistic", op("mul", stat(draw.one(row_stats).name), 0.5), over="", empty=3.0))
     if two:
         extra.append(Output("offsets", WEIGHT, Operand("rel", (OFFSET,))))
-    found += draw.some(extra, draw.one((0, 1, 3)))
+    found += draw.some(extra, draw.one((0, 1) if several else (0, 1, 3)))
     return tuple(found) or (OUT,)
 
 
@@ -248,6 +223,15 @@ MAKERS: tuple[Callable[[Choice], Normalizer], ...] = (
 )
 
 
+def _further(draw: Choice, number: int) -> tuple[Branch, tuple[Output, ...]]:
+    """Branch ``number`` of a stage, and what is summed in it."""
+    normalizer = draw.one((SOFTMAX, SOFTMAX, _sink(draw), _elementwise(draw)))
+    outputs = [Output(f"other{number}", WEIGHT, VALUE, branch=number)]
+    if draw.chance(0.2):
+        outputs.append(Output(f"energy{number}", op("mul", WEIGHT, s), branch=number))
+    return Branch(_mask(draw), op("mul", s, draw.number()), normalizer), tuple(outputs)
+
+
 def _term(draw: Choice) -> Dot:
     """A second term: a table by distance, one by key, or a sum over features that is no product."""
     rows = draw.one((OFFSET, OFFSET, None))
@@ -259,7 +243,7 @@ def _term(draw: Choice) -> Dot:
 def _body(draw: Choice) -> Expr:
     """What a first term that is no dot product sums over the features."""
     apart = op("sub", BODY_LEFT, BODY_RIGHT)
-    both = op("mul", Load("feature", (Index("d"),), FLOAT), op("tanh", op("add", BODY_LEFT, BODY_RIGHT)))
+    both = op("mul", Load("feature", (D,), FLOAT), op("tanh", op("add", BODY_LEFT, BODY_RIGHT)))
     return draw.one((both, both, op("neg", op("abs", apart)), op("mul", -0.5, op("mul", apart, apart))))
 
 
@@ -286,18 +270,35 @@ def _placed(draw: Choice, stage: Attend) -> Attend:
     return replace(stage, terms=terms, outputs=tuple(outputs))
 
 
+def _asked(draw: Choice, stage: Attend) -> Attend:
+    """``stage`` with queries at addresses of their own: shifted, strided, backwards, of one head or batch element."""
+    batch, head, row = QUERY_ADDRESS
+    address = draw.one(
+        (
+            (batch, head, op("add", q, 2)),
+            (batch, head, op("mul", q, 2)),
+            (batch, head, op("sub", op("sub", Size("Lq"), 1), q)),
+            (batch, op("sub", 1, h), row),
+            (const(0), const(1), op("floordiv", q, 2)),
+        )
+    )
+    terms = tuple(replace(t, left=Operand("q", address)) for t in stage.terms)
+    outputs = tuple(replace(o, rows=Operand("q", address)) if o.rows == QUERY else o for o in stage.outputs)
+    if draw.chance(0.3):  # the other terms, and sums of queries, read them as they are
+        return replace(stage, terms=(terms[0], *stage.terms[1:]))
+    return replace(stage, terms=terms, outputs=outputs)
+
+
+def _lengths(draw: Choice) -> tuple[Expr, Expr]:
+    """Fewer queries or keys than there are, perhaps none."""
+    queries = draw.one((cdiv(Size("Lq"), const(2)), op("max", op("sub", Size("Lq"), 3), 0), const(1)))
+    keys = draw.one((cdiv(Size("Lk"), const(2)), op("max", op("sub", Size("Lk"), 3), 0), op("min", Size("Lk"), 4)))
+    return draw.one(((queries, Size("Lk")), (Size("Lq"), keys), (queries, keys)))
+
+
 def _positions(draw: Choice) -> tuple[tuple[str, Expr], ...]:
     start, every = ("q", op("add", q, draw.random.randint(1, 4))), ("k", op("add", op("mul", k, 2), 1))
     return draw.one(((start,), (every,), (start, every)))
-
-
-def _turned() -> Map:
-    """Queries made of those of the call, point by point."""
-    d = Index("d")
-    other = Load("q", (b, h, q, op("sub", op("sub", Size("D"), 1), d)), FLOAT)
-    own = Load("q", (b, h, q, d), FLOAT)
-    extents = (Size("B"), Size("H"), Size("Lq"), Size("D"))
-    return Map("turned", extents, op("add", own, op("mul", op("sigmoid", ROW), other)))
 
 
 def _chosen(draw: Choice) -> tuple[tuple[Pool, Attend, Select], Expr]:
@@ -308,8 +309,18 @@ def _chosen(draw: Choice) -> tuple[tuple[Pool, Attend, Select], Expr]:
     gate = Attend("gate", (Dot("s", QUERY, Operand("pooled", KEY_ADDRESS)),), (Branch(),), (liking,))
     gate = replace(gate, lengths=(Size("Lq"), blocks))
     extents = (Size("B"), Size("H"), Size("Lq"), blocks)
-    forced = op("eq", op("floordiv", q, 4), k)
-    select = Select("chosen", extents, Load("liking", (b, h, q, k), FLOAT), forced=forced, top=const(2))
+    candidates, forced = (
+        draw.one((TRUE, op("le", op("mul", k, 4), q))),
+        draw.one((FALSE, op("eq", op("floordiv", q, 4), k))),
+    )
+    select = Select("chosen", extents, Load("liking", (b, h, q, k), FLOAT), candidates, forced)
+    rule = draw.one(("top", "threshold", "mass"))
+    if rule == "top":
+        select = replace(select, top=draw.one((const(2), op("add", op("mod", q, 3), h))))
+    elif rule == "threshold":
+        select = replace(select, threshold=draw.one((const(0.1), HEAD, op("mul", ROW, 0.5))))
+    else:
+        select = replace(select, mass=draw.one((const(0.7), op("sigmoid", op("add", HEAD, ROW)))))
     return (pool, gate, select), Load("chosen", (b, h, q, op("floordiv", k, 4)), BOOL)
 
 
@@ -317,7 +328,8 @@ def random_program(seed: int) -> Program:
     """A legal program that captures :data:`TENSORS`."""
     draw = Choice(seed)
     two = draw.chance(0.4)
-    normalizer = draw.one(MAKERS)(draw)
+    several = draw.one((0,) * 28 + (1, 1, 1, 1, 2, 3))
+    normalizer = SOFTMAX if several and draw.chance(0.4) else draw.one(MAKERS)(draw)
     group = _group(draw, normalizer)
     branch = Branch(
         _mask(draw),
@@ -327,33 +339,39 @@ def random_program(seed: int) -> Program:
         group,
         None if group is None else const(3),
     )
-    outputs = _outputs(draw, normalizer, two)
+    outputs = _outputs(draw, normalizer, two, several > 0)
     branches: tuple[Branch, ...] = (branch,)
-    if draw.chance(0.2):
-        branches = (branch, Branch(_mask(draw), op("mul", s, 0.5)))
-        outputs = (*outputs, Output("other", WEIGHT, VALUE, branch=1))
+    for number in range(1, 1 + several):
+        more, sums = _further(draw, number)
+        branches, outputs = (*branches, more), (*outputs, *sums)
     first = Dot("s", QUERY, KEY, _body(draw)) if draw.chance(0.12) else Dot()
     stage = Attend(terms=(first, _term(draw)) if two else (first,), branches=branches, outputs=outputs)
     before: tuple[Stage, ...] = ()
     if draw.chance(0.1):
         stage = replace(stage, position=_positions(draw))
-    elif draw.chance(0.08):
+    elif draw.chance(0.1):
         before, seen = _chosen(draw)
         masked = [replace(branch, mask=all_of(branch.mask, seen)) for branch in stage.branches]
         stage = replace(stage, branches=tuple(masked))
     if draw.chance(0.1):
         stage = _placed(draw, stage)
     if draw.chance(0.08):
-        before = (_turned(), *before)
-        turned = [replace(x, left=Operand("turned", x.left.index)) for x in stage.terms]
-        stage = replace(stage, terms=tuple(turned))
-    stages: tuple[Stage, ...] = (*before, stage)
-    returns = tuple(out.name for out in outputs)
-    if "o" in returns and draw.chance(0.3):
-        at = (b, h, q, Index("d"))
-        gated = op("mul", Load("o", at, FLOAT), op("sigmoid", op("add", HEAD, ROW)))
-        stages += (Map("gated", (Size("B"), Size("H"), Size("Lq"), Size("Dv")), gated),)
-        returns = ("gated", *returns)
+        stage = _asked(draw, stage)
+    if draw.chance(0.08):
+        stage = replace(stage, lengths=_lengths(draw))
+    after: tuple[Map, ...] = ()
+    if draw.chance(0.35):
+        stage, after = epilogues(draw, stage)
+    returns = tuple(out.name for out in stage.outputs)
+    if after:
+        read = {n.tensor for step in after for n in postorder(*step.roots()) if isinstance(n, Load)}
+        kept = tuple(name for name in returns if name not in read or draw.chance(0.4))
+        returns = (after[-1].name, *kept)
+    stages: tuple[Stage, ...] = (*before, stage, *after)
+    if draw.chance(0.2):
+        maps, names = prologues(draw)
+        stages = (*maps, *(reading(found, names) for found in stages))
+        returns += (maps[-1].name,) if draw.chance(0.15) else ()
     return Program(f"random_{seed}", stages, SCALARS, TENSORS, returns=returns)
 
 
@@ -365,7 +383,7 @@ def arguments(seed: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch
     shapes = ((batch, 2, lq, 4), (batch, kv, lk, 4), (batch, kv, lk, draw.choice((4, 4, 3))))
     operands = [torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in shapes]
     sizes = {"head": (2,), "row": (lq,), "col": (batch, lk), "table": (9,), "rel": (9, 4), "heat": (), "feature": (4,)}
-    sizes["by_key"] = (6, 4)
+    sizes |= {"by_key": (6, 4), "angle": (12, 4), "gate": (batch, 2, lq, 4)}
     captured = {n: torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for n, x in sizes.items()}
     captured["doc"] = torch.randint(0, 3, (batch, lk), generator=generator)
     captured["page"] = torch.randint(0, -(-lk // 4), (batch, 5), generator=generator)

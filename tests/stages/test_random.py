@@ -31,5 +31,5 @@ def test_on_a_cpu(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
             small.setattr(regions, "TILE", (4, 4))
             check(this, values=1e-8, grads=1e-7, backend="eager")
         check(this, values=1e-4, grads=5e-4)
-    assert len(launches.forward) >= CHUNK // 4
+    assert len(launches.forward) >= CHUNK * 3 // 10
     assert len(launches.backward) >= CHUNK // 5

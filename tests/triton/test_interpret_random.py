@@ -30,5 +30,5 @@ def test_on_triton(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for seed in range(first, first + CHUNK):
             launches.seed = seed
             check(case(seed), values=1e-4, grads=5e-4)
-    assert len(launches.forward) >= CHUNK // 4
+    assert len(launches.forward) >= CHUNK * 3 // 10
     assert len(launches.backward) >= CHUNK // 5
