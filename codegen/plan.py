@@ -135,6 +135,31 @@ class KernelPlan(Facts):
         return self.stream is not None and self.program.standard
 
     @property
+    def softmax(self) -> bool:
+        """Whether such a kernel can run this plan if it makes its queries and changes its rows as the plan says."""
+        return self.stream is not None and self.program.attend.standard
+
+    @property
+    def maps(self) -> tuple[RowsPlan, ...]:
+        """The rows stages that the kernel takes in."""
+        return tuple(m for m in (self.before, self.after) if m is not None)
+
+    @property
+    def all_tensors(self) -> tuple[TensorArg, ...]:
+        """The captured tensors of the kernel and of ``maps``."""
+        return tuple(dict.fromkeys((*self.tensors, *(t for m in self.maps for t in m.tensors))))
+
+    @property
+    def all_scalars(self) -> tuple[Param, ...]:
+        """The parameters of the kernel and of ``maps``."""
+        return tuple(dict.fromkeys((*self.scalars, *(p for m in self.maps for p in m.scalars))))
+
+    @property
+    def all_sizes(self) -> tuple[str, ...]:
+        """The sizes that expressions of the kernel and of ``maps`` read."""
+        return tuple(dict.fromkeys((*self.sizes, *(name for m in self.maps for name in m.sizes))))
+
+    @property
     def in_order(self) -> bool:
         """Whether query q is row q and key k is row k."""
         return self.query_row is None and self.key_row is None
