@@ -43,7 +43,7 @@ from .facts import Facts
 from .features import body_roots, feature_grads, statements
 from .naming import names as value_names
 from .plan_parts import CapturedGrad, Section, Step, SweepStep, TensorArg, Value
-from .rows import RowsPlan, rows_plan
+from .rows import Covered, RowsPlan, rows_plan
 from .runs import RunBounds, forms_of, ranges_of, run_bounds
 
 __all__ = ["CapturedGrad", "KernelPlan", "Section", "Step", "SweepStep", "TensorArg", "Value", "make_plan"]
@@ -246,10 +246,12 @@ def make_plan(
     captured_grads: Iterable[str] = (),
     closed: Iterable[str] = (),
     order: tuple[Expr | None, Expr | None] = (None, None),
+    covered: frozenset[Covered] = frozenset(),
 ) -> KernelPlan:
     """Plan the forward (or backward) pass of a specialised program with one Attend stage.
 
-    In a forward pass a rows stage before it makes the queries, and one after it changes the rows of its output.
+    In a forward pass a rows stage before it makes the queries, and one after it changes the rows of its output;
+    ``covered`` as :func:`.rows.rows_plan` takes it.
 
     ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
     ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
@@ -320,8 +322,12 @@ def make_plan(
     stages = program.stages
     at = stages.index(program.attend)
     before, after = (
-        rows_plan(program, stage, storage, wide=wide) if isinstance(stage, Map) else None
-        for stage in (stages[at - 1] if at else None, stages[at + 1] if at + 1 < len(stages) else None)
+        (
+            rows_plan(program, stage, storage, wide=wide, covered=covered) if isinstance(stage, Map) else None
+            for stage in (stages[at - 1] if at else None, stages[at + 1] if at + 1 < len(stages) else None)
+        )
+        if not (backward or columns)
+        else (None, None)
     )
 
     def values(level: Level, of: tuple[Expr, ...], after: int | None = 0) -> tuple[Value, ...]:

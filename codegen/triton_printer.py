@@ -26,6 +26,7 @@ from .triton_helpers import HELPERS
 __all__ = ["RESERVED", "TritonExpressions", "TritonPrinter", "precedence", "safe_name", "top_operators"]
 
 _TEMPLATE_NAMES = """
+BLOCK_D BLOCK_DV BLOCK_M BLOCK_N FEATURES HEAD_DIM LN2 LOG2E VALUE_DIM
 acc attention_forward attention_rows b bh change_output d_idx d_mask decay descriptor dv_idx dv_mask first_tile float
 full_ptr full_runs gap1 gap2 gap3 h inner inside int k k_base k_batches k_desc k_distance k_first k_heads k_idx k_last
 k_local k_offsets k_ptr k_row k_rows key_batch key_head launch lse lse_ptr make_queries make_rows

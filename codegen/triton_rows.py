@@ -78,10 +78,11 @@ def given_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class PassText:
-    """A sum over the features as text, and the statements it needs."""
+    """The reduction ``value`` of ``element_`` over the features, what that is, and the statements it needs."""
 
     statements: list[Line]
     name: str
+    element: str
     value: str
 
 
@@ -137,14 +138,14 @@ def _text(plan: RowsPlan, name: str, constants: tuple[str, str], width: int, int
     ragged = padded(width) != width
     known: set[str] = set()
 
-    def tile(root: Expr, nothing: str) -> str:
-        """``root`` as a full tile, with ``nothing`` in place of what is no feature."""
+    def tile(root: Expr) -> str:
+        """``root`` as a full tile."""
         text = printer.text(root, Level.PAIR)
         if root.type is not FLOAT:
             text = f"({text}).to(tl.float32)"
         if plan.level(root) is not Level.PAIR:
             text = f"tl.zeros([BLOCK_M, {block}], tl.float32) + {text}"
-        return f"tl.where(d_mask[None, :], {text}, {nothing})" if ragged else text
+        return text
 
     def statements(step: RowPass) -> list[Line]:
         mine = [v for v in (*step.before, *step.inside) if v.name not in known]
@@ -153,17 +154,19 @@ def _text(plan: RowsPlan, name: str, constants: tuple[str, str], width: int, int
 
     def reduced(step: RowPass) -> PassText:
         found = statements(step)
+        nothing = _LEAST if step.monoid == "max" else "0.0"
+        element = f"tl.where(d_mask[None, :], element_, {nothing})" if ragged else "element_"
         if step.monoid == "max":
             printer.helpers.add("greatest")
-            value = f"greatest({tile(step.value, _LEAST)})"
+            value = f"greatest({element})"
         else:
-            value = f"tl.sum({tile(step.value, '0.0')}, 1)" + (f" / {features}" if step.monoid == "mean" else "")
-        return PassText(found, printer.value_name(step.name), value)
+            value = f"tl.sum({element}, 1)" + (f" / {features}" if step.monoid == "mean" else "")
+        return PassText(found, printer.value_name(step.name), tile(step.value), value)
 
     *sums, last = plan.passes
     grid = lines(printer, plan.grid)
     passes = [reduced(step) for step in sums]
-    ending, value = statements(last), tile(last.value, "0.0")
+    ending, value = statements(last), tile(last.value)
     extents = ", ".join(map(format_expr, plan.stage.extents))
     return RowsText(
         name=name,

@@ -81,6 +81,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if call.sizes["Lk"] == 0 or call.k.shape[2] == 0:
         return o.zero_(), lse.fill_(-torch.inf)
     kernel = _kernel(call, target, _use_descriptors(call, o, target))
+    if kernel.plan.before is not None and call.scale <= 0:
+        raise Unavailable("queries that the kernel makes need a positive scale here")
     q, scale = _positive_scale(call.q, call.scale)
     captured = captured_arguments(call, kernel.plan)
 
@@ -112,15 +114,15 @@ def outputs(call: Call) -> dict[str, Tensor]:
         Unavailable: as :func:`forward`, or an output is not one value or row for each query.
     """
     target = check(call)
-    made_on_the_way = len(call.program.stages) > 1
-    if made_on_the_way and call.order != (None, None):
-        raise Unavailable("rows that are made or changed on their way are in order")
-    if made_on_the_way and call.program.attend.standard and not call.saves and call.scale > 0:
+    maps = len(call.program.stages) > 1
+    if maps and call.program.attend.standard and not call.saves and call.scale > 0:
         return dict(zip(OUTPUT_NAMES, forward(call), strict=True))
     kernel = _stream(call, target)
     stream = kernel.plan.stream
     assert stream is not None
     columns = [out.name for out in stream.outputs if out.column is not None]
+    if columns and kernel.plan.before is not None:
+        raise Unavailable("sums over queries have a kernel of their own, which reads the rows of q")
     if columns and not call.saves:  # sums over queries start from what is saved of the rows
         made = outputs(replace(call, saves=True))
         return {out.name: made[out.name] for out in stream.outputs}

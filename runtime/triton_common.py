@@ -22,10 +22,10 @@ import torch
 
 from attnlang.codegen.plan import KernelPlan, make_plan
 from attnlang.codegen.plan_parts import TensorArg
-from attnlang.codegen.rows import RowsPlan
+from attnlang.codegen.rows import Covered, RowsPlan, covered_by
 from attnlang.codegen.triton_common import Config, padded, sizes_given
 from attnlang.codegen.triton_tiles import INTERPRETED, is_compiler_failure, settle
-from attnlang.ir import INT, Param, Program
+from attnlang.ir import INT, Map, Param, Program
 from attnlang.passes.widths import NARROW_LIMIT
 from attnlang.sparsity import RunMap
 
@@ -190,8 +190,20 @@ def plan_key(call: Call, target: str) -> tuple[Hashable, ...]:
     """Return what a plan depends on; what is kept under it has to keep the program, so that its id stays taken."""
     dims = (call.q.shape[3], call.v.shape[3])
     storage = tuple(call.storage.items())
-    kind = (needs_wide(call), _closed(call), call.saves, call.order)
+    kind = (needs_wide(call), _closed(call), call.saves, call.order, _covered(call))
     return id(call.program), call.q.dtype, dims, storage, *kind, target
+
+
+def _covered(call: Call) -> frozenset[Covered]:
+    """Return the dimensions of captured tensors that rows made and changed on their way need no clamp for."""
+    stages = call.program.stages
+    if len(stages) == 1:
+        return frozenset()
+    at = stages.index(call.program.attend)
+    shapes = {name: t.shape for name, t in call.tensors.items()}
+    extents = dict.fromkeys(stages[at + 1 :], (*call.q.shape[:3], call.v.shape[3]))
+    extents |= {stage: tuple(call.q.shape) for stage in stages[:at]}
+    return frozenset().union(*(covered_by(s, shapes, found) for s, found in extents.items() if isinstance(s, Map)))
 
 
 def _closed(call: Call) -> tuple[str, ...]:
@@ -217,6 +229,7 @@ def plan_of(
         captured_grads=captured_grads,
         closed=filter(call.closed, loops),
         order=(None, None) if backward or columns else call.order,
+        covered=_covered(call),
     )
 
 
@@ -298,6 +311,8 @@ def check(call: Call) -> str:
         raise Unavailable(f"triton kernels are for float16, bfloat16 and float32, not {call.q.dtype}")
     if max(padded(call.q.shape[3]), padded(call.v.shape[3])) > MAX_HEAD_DIM:
         raise Unavailable(f"triton kernels need head dimensions up to {MAX_HEAD_DIM}")
+    if len(call.program.stages) > 1 and call.order != (None, None):
+        raise Unavailable("rows that are made or changed on their way are in order")
     return readable(call)
 
 

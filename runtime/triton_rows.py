@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnlang.codegen.rows import RowsPlan, rows_plan
+from attnlang.codegen.rows import RowsPlan, covered_by, rows_plan
 from attnlang.codegen.triton_common import Config
 from attnlang.codegen.triton_rows import MOST_FEATURES, candidates, emit
 from attnlang.ir import Map
@@ -38,13 +38,14 @@ def make(call: Call, extents: tuple[int, ...]) -> Tensor:
         raise Unavailable(f"triton kernels make rows of up to {MOST_FEATURES} features")
     wide = needs_wide(call) or max(extents) >= NARROW_LIMIT
     storage = call.storage
+    covered = covered_by(stage, {name: t.shape for name, t in call.tensors.items()}, extents)
 
     def planned() -> Kernel[RowsPlan]:
-        plan = rows_plan(call.program, stage, storage, wide=wide)
+        plan = rows_plan(call.program, stage, storage, wide=wide, covered=covered)
         tiles = candidates(features, interpreted=interpreted())
         return Kernel(call.program, plan, target, tiles, functools.partial(emit, features=features))
 
-    kernel = _kernels.get((id(call.program), features, tuple(storage.items()), wide, target), planned)
+    kernel = _kernels.get((id(call.program), features, tuple(storage.items()), wide, covered, target), planned)
     plan = kernel.plan
     made = torch.empty(extents, dtype=torch.float32, device=call.q.device)
     read = read_arguments(call, plan.tensors, plan.scalars, plan.sizes)
