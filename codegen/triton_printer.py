@@ -28,7 +28,7 @@ __all__ = ["RESERVED", "TritonExpressions", "TritonPrinter", "precedence", "safe
 _TEMPLATE_NAMES = """
 BLOCK_D BLOCK_DV BLOCK_M BLOCK_N FEATURES HEAD_DIM LN2 LOG2E VALUE_DIM
 acc attention_forward attention_rows b bh change_output d_idx d_mask decay descriptor dv_idx dv_mask first_tile float
-full_ptr full_runs gap1 gap2 gap3 h inner inside int k k_base k_batches k_desc k_distance k_first k_heads k_idx k_last
+full_ptr full_runs gap1 gap2 gap3 h inside int k k_base k_batches k_desc k_distance k_first k_heads k_idx k_last
 k_local k_offsets k_ptr k_row k_rows key_batch key_head launch lse lse_ptr make_queries make_rows
 map_batch map_heads map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr
 part_ptr part_runs pid q q_base q_desc q_distance q_first q_idx q_last q_local q_offsets q_ptr q_row query_inside range

@@ -66,7 +66,7 @@ class _Printer(TritonExpressions[RowsPlan]):
 
     def input(self, node: Input, at: Level) -> str:
         if node is INNER:
-            return "inner"
+            return "inner_"
         given = {here(name): given_name(name) for name in self.plan.statistics}
         return self._spread(given.get(node) or self.value_name(node.name), self.plan.level(node), at)
 
@@ -117,7 +117,7 @@ class RowsText:
     @property
     def own(self) -> tuple[str, ...]:
         """Parameters of the function."""
-        inner = ("inner",) if self.changes else ()
+        inner = ("inner_",) if self.changes else ()
         return ("b", "h", "q_idx", *inner, *self.given, *self.parameters)
 
     def call(self, *given: str) -> list[str]:
