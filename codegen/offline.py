@@ -79,7 +79,7 @@ def signature(plan: KernelPlan, config: Config) -> dict[str, Any]:
     names = forward_arguments(plan, config)
     outs = {f"{o.name}_out_": o.integer for o in plan.stream.outputs} if plan.stream is not None else {}
     blocks = _blocks(plan, config)
-    dtypes |= {names.pointers[t.name]: t.dtype for t in plan.tensors}
+    dtypes |= {names.pointers[t.name]: t.dtype for t in plan.all_tensors}
     last = {f"{x}_stride_d" for x in "qkvo"} | set(names.last_strides)
     floats = {"scale", *names.float_scalars}
     constants: dict[str, int] = {}

@@ -43,7 +43,7 @@ from .facts import Facts
 from .features import body_roots, feature_grads, statements
 from .naming import names as value_names
 from .plan_parts import CapturedGrad, Section, Step, SweepStep, TensorArg, Value
-from .rows import RowsPlan, rows_plan
+from .rows import Covered, RowsPlan, rows_plan
 from .runs import RunBounds, forms_of, ranges_of, run_bounds
 
 __all__ = ["CapturedGrad", "KernelPlan", "Section", "Step", "SweepStep", "TensorArg", "Value", "make_plan"]
@@ -135,6 +135,31 @@ class KernelPlan(Facts):
         return self.stream is not None and self.program.standard
 
     @property
+    def softmax(self) -> bool:
+        """Whether such a kernel can run this plan if it makes its queries and changes its rows as the plan says."""
+        return self.stream is not None and self.program.attend.standard
+
+    @property
+    def maps(self) -> tuple[RowsPlan, ...]:
+        """The rows stages that the kernel takes in."""
+        return tuple(m for m in (self.before, self.after) if m is not None)
+
+    @property
+    def all_tensors(self) -> tuple[TensorArg, ...]:
+        """The captured tensors of the kernel and of ``maps``."""
+        return tuple(dict.fromkeys((*self.tensors, *(t for m in self.maps for t in m.tensors))))
+
+    @property
+    def all_scalars(self) -> tuple[Param, ...]:
+        """The parameters of the kernel and of ``maps``."""
+        return tuple(dict.fromkeys((*self.scalars, *(p for m in self.maps for p in m.scalars))))
+
+    @property
+    def all_sizes(self) -> tuple[str, ...]:
+        """The sizes that expressions of the kernel and of ``maps`` read."""
+        return tuple(dict.fromkeys((*self.sizes, *(name for m in self.maps for name in m.sizes))))
+
+    @property
     def in_order(self) -> bool:
         """Whether query q is row q and key k is row k."""
         return self.query_row is None and self.key_row is None
@@ -221,10 +246,12 @@ def make_plan(
     captured_grads: Iterable[str] = (),
     closed: Iterable[str] = (),
     order: tuple[Expr | None, Expr | None] = (None, None),
+    covered: frozenset[Covered] = frozenset(),
 ) -> KernelPlan:
     """Plan the forward (or backward) pass of a specialised program with one Attend stage.
 
-    In a forward pass a rows stage before it makes the queries, and one after it changes the rows of its output.
+    In a forward pass a rows stage before it makes the queries, and one after it changes the rows of its output;
+    ``covered`` as :func:`.rows.rows_plan` takes it.
 
     ``dtype`` is that of q, k, v and the output; ``storage`` maps captured tensors to dtype names (``"int64"``).
     ``wide`` allows lengths and int parameters of 2**30 and above at some cost. ``captured_grads`` names the captured
@@ -295,8 +322,12 @@ def make_plan(
     stages = program.stages
     at = stages.index(program.attend)
     before, after = (
-        rows_plan(program, stage, storage, wide=wide) if isinstance(stage, Map) else None
-        for stage in (stages[at - 1] if at else None, stages[at + 1] if at + 1 < len(stages) else None)
+        (
+            rows_plan(program, stage, storage, wide=wide, covered=covered) if isinstance(stage, Map) else None
+            for stage in (stages[at - 1] if at else None, stages[at + 1] if at + 1 < len(stages) else None)
+        )
+        if not (backward or columns)
+        else (None, None)
     )
 
     def values(level: Level, of: tuple[Expr, ...], after: int | None = 0) -> tuple[Value, ...]:

@@ -6,11 +6,13 @@ output on their way to memory.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from attnlang.ir import Expr, Load, Map, Param, Program, Size, canonical, postorder
+from attnlang.ir import Expr, Index, Load, Map, Param, Program, Size, canonical, postorder
 from attnlang.passes.fusion import INNER, statistics
 from attnlang.passes.levels import Level, levels
 from attnlang.passes.simplify import map_record, simplify
@@ -20,7 +22,10 @@ from .facts import Facts
 from .naming import names as value_names
 from .plan_parts import TensorArg, Value, needed
 
-__all__ = ["RowPass", "RowsPlan", "rows_plan"]
+__all__ = ["Covered", "RowPass", "RowsPlan", "covered_by", "rows_plan"]
+
+Covered: TypeAlias = tuple[str, str, int, str]
+"""A stage, a tensor and a dimension of it, and the axis of the stage whose every index the dimension has."""
 
 _CALLED = {Level.GRID: "head", Level.ROW: "row", Level.COL: "feature", Level.PAIR: "element"}
 
@@ -45,7 +50,7 @@ class RowsPlan(Facts):
     """How the rows of a Map are made. ``program`` has it as its only stage, and declares operands as tensors.
 
     Here a ROW value is one of a row, a COL value one of a feature, a PAIR value one of an element. ``storage`` is the
-    dtype of what is made.
+    dtype of what is made. ``covered`` are dimensions of tensors that need no clamp.
     """
 
     program: Program
@@ -57,6 +62,7 @@ class RowsPlan(Facts):
     passes: tuple[RowPass, ...]
     direction: str = "rows"
     wide: bool = False
+    covered: frozenset[Covered] = frozenset()
     names: Mapping[Expr, str] = field(default_factory=dict, compare=False, repr=False)
     node_levels: Mapping[Expr, Level] = field(default_factory=dict, compare=False, repr=False)
     node_widths: Mapping[Expr, Width] = field(default_factory=dict, compare=False, repr=False)
@@ -78,6 +84,17 @@ class RowsPlan(Facts):
         """Outputs of the kernel of attention that are read of the row at hand, as the inputs ``fusion.here``."""
         return statistics(self.stage)
 
+    def load_guards(self, load: Load) -> tuple[tuple[bool, bool], ...]:
+        return tuple(
+            (
+                low,
+                high
+                and (self.stage.name, load.tensor, d, index.axis if isinstance(index, Index) else "")
+                not in self.covered,
+            )
+            for d, (index, (low, high)) in enumerate(zip(load.indices, super().load_guards(load), strict=True))
+        )
+
     def extent(self, axis: str) -> Expr | None:
         return dict(zip("bhqd", self.stage.extents, strict=True)).get(axis)
 
@@ -85,8 +102,22 @@ class RowsPlan(Facts):
     def digest(self) -> str:
         """Stable hash of everything the plan says, for cache keys."""
         dtypes = ",".join(f"{t.name}:{t.dtype}:{t.rank}" for t in self.tensors)
-        text = f"{canonical(self.program)}|rows|{self.storage}|{dtypes}|{self.wide}"
+        text = f"{canonical(self.program)}|rows|{self.storage}|{dtypes}|{self.wide}|{sorted(self.covered)}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=256)
+def _places(stage: Map) -> tuple[Covered, ...]:
+    """Where ``stage`` reads tensors at an index of an axis itself."""
+    loads = [n for n in postorder(*stage.roots()) if isinstance(n, Load)]
+    found = ((n.tensor, d, i.axis) for n in loads for d, i in enumerate(n.indices) if isinstance(i, Index))
+    return tuple((stage.name, *place) for place in dict.fromkeys(found))
+
+
+def covered_by(stage: Map, shapes: Mapping[str, Sequence[int]], extents: Sequence[int]) -> frozenset[Covered]:
+    """Return the dimensions of tensors of ``shapes`` that have every index of the rows of ``extents`` [B, H, L, D]."""
+    lengths = dict(zip("bhqd", extents, strict=True))
+    return frozenset(p for p in _places(stage) if shapes[p[1]][p[2]] >= lengths[p[3]])
 
 
 def rows_plan(
@@ -96,8 +127,12 @@ def rows_plan(
     *,
     dtype: str = "float32",
     wide: bool = False,
+    covered: frozenset[Covered] = frozenset(),
 ) -> RowsPlan:
-    """Plan ``stage``, which reads tensors of ``program``; ``storage`` maps these to dtype names."""
+    """Plan ``stage``, which reads tensors of ``program``; ``storage`` maps these to dtype names.
+
+    ``covered`` says which dimensions are at least as long as the axis they are read at.
+    """
     stage = map_record(stage, simplify)
     roots = (*(e for _, _, e in stage.lets), stage.value)
     found = (*roots, *stage.extents)
@@ -129,6 +164,7 @@ def rows_plan(
         grid=tuple(v for v in values if v.level is Level.GRID),
         passes=tuple(passes),
         wide=wide,
+        covered=covered,
         names=names,
         node_levels=level_of,
         node_widths=widths(found, bounds),

@@ -6,8 +6,6 @@ deterministic; triton itself is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from attnlang.ir import FLOAT, Expr, Input, postorder
@@ -17,6 +15,7 @@ from .plan import KernelPlan, Section
 from .triton_common import (
     KNOWN_SIZES,
     LINE,
+    Arguments,
     Config,
     comment,
     kernel_context,
@@ -25,10 +24,12 @@ from .triton_common import (
     padded,
     sizes_given,
     template,
+    tensor_parameters,
     wrapped,
 )
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter, precedence, safe_name
+from .triton_rows import change_output, helpers_of, make_queries
 from .triton_runs import bounds_text, table_arguments
 
 __all__ = ["KERNEL_NAME", "Arguments", "Config", "arguments", "emit", "padded"]
@@ -36,33 +37,17 @@ __all__ = ["KERNEL_NAME", "Arguments", "Config", "arguments", "emit", "padded"]
 KERNEL_NAME = "attention_forward"
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Parameters of the kernel and of ``launch``, in the fixed order of a plan.
-
-    ``call`` holds the host expression for each kernel parameter. ``loose`` parameters are not specialised on their
-    value. ``pointers`` maps captured tensors to their pointer parameter.
-    """
-
-    kernel: tuple[str, ...]
-    host: tuple[str, ...]
-    call: tuple[str, ...]
-    loose: tuple[str, ...]
-    pointers: Mapping[str, str]
-    last_strides: tuple[str, ...]
-    float_scalars: tuple[str, ...]
-
-
 def _operands(plan: KernelPlan, config: Config) -> list[tuple[str, str]]:
     """Kernel parameters for q, k, v, o and lse, with the host expressions that fill them."""
+    names = "qkvo" if plan.before is None else "kvo"
     if config.descriptors:
         d, dv = padded(plan.head_dim), padded(plan.value_dim)
         blocks = {"q": (config.block_m, d), "k": (config.block_n, d), "v": (config.block_n, dv)}
         blocks["o"] = (config.block_m, dv)
-        pairs = [(f"{t}_desc", f"descriptor({t}, {rows}, {columns})") for t, (rows, columns) in blocks.items()]
+        pairs = [(f"{t}_desc", f"descriptor({t}, {blocks[t][0]}, {blocks[t][1]})") for t in names]
         return [*pairs, ("lse_ptr", "lse")]
-    pairs = [("q_ptr", "q"), ("k_ptr", "k"), ("v_ptr", "v"), ("o_ptr", "o"), ("lse_ptr", "lse")]
-    return pairs + [(f"{t}_stride_{a}", f"{t}.stride({d})") for t in "qkvo" for d, a in enumerate("bhnd")]
+    pairs = [*((f"{t}_ptr", t) for t in names), ("lse_ptr", "lse")]
+    return pairs + [(f"{t}_stride_{a}", f"{t}.stride({d})") for t in names for d, a in enumerate("bhnd")]
 
 
 def _key_extents(plan: KernelPlan) -> list[tuple[str, int]]:
@@ -76,16 +61,14 @@ def arguments(plan: KernelPlan, config: Config) -> Arguments:
     pairs = [*_operands(plan, config), ("scale", "scale")]
     host = ["q", "k", "v", "o", "lse", "scale"]
     loose = ["scale"]
-    for tensor in plan.tensors:
+    for tensor in plan.all_tensors:
         name = safe_name(tensor.name)
-        pairs.append((f"{name}_ptr", name))
-        pairs += [(f"{name}_stride{d}", f"{name}.stride({d})") for d in range(tensor.rank)]
-        pairs += [(f"{name}_size{d}", f"{name}.size({d})") for d in range(tensor.rank)]
+        pairs += tensor_parameters(tensor)
         loose += [f"{name}_size{d}" for d in range(tensor.rank)]
         host.append(name)
-    scalars = [safe_name(p.name) for p in plan.scalars]
+    scalars = [safe_name(p.name) for p in plan.all_scalars]
     extra = sizes_given(plan)
-    sizes = list(dict.fromkeys(("H", "Lq", "Lk", *plan.sizes)))
+    sizes = list(dict.fromkeys(("H", "Lq", "Lk", *plan.all_sizes)))
     pairs += [(n, n) for n in scalars]
     pairs += [(safe_name(n), safe_name(n) if n in extra else KNOWN_SIZES[n]) for n in sizes]
     pairs += [(n, f"k.shape[{d}]") for n, d in _key_extents(plan)]
@@ -98,9 +81,9 @@ def arguments(plan: KernelPlan, config: Config) -> Arguments:
         host=tuple(host),
         call=tuple(text for _, text in pairs),
         loose=tuple(loose),
-        pointers={t.name: f"{safe_name(t.name)}_ptr" for t in plan.tensors},
-        last_strides=tuple(f"{safe_name(t.name)}_stride{t.rank - 1}" for t in plan.tensors if t.rank),
-        float_scalars=tuple(safe_name(p.name) for p in plan.scalars if p.type is FLOAT),
+        pointers={t.name: f"{safe_name(t.name)}_ptr" for t in plan.all_tensors},
+        last_strides=tuple(f"{safe_name(t.name)}_stride{t.rank - 1}" for t in plan.all_tensors if t.rank),
+        float_scalars=tuple(safe_name(p.name) for p in plan.all_scalars if p.type is FLOAT),
     )
 
 
@@ -163,6 +146,8 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
     printer = TritonPrinter(plan, interpreted=interpreted)
     full = section_text(printer, plan.full, (plan.score,))
     partial = section_text(printer, plan.partial, (plan.score, plan.mask))
+    before = make_queries(plan.before, plan.head_dim, interpreted=interpreted)
+    after = change_output(plan.after, plan.value_dim, interpreted=interpreted)
     query_row = "" if plan.query_row is None else printer.text(plan.query_row, Level.ROW)
     strides = "with any strides" if not config.descriptors else "with a last stride of 1 and 16-byte aligned rows"
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
@@ -180,8 +165,10 @@ def _context(plan: KernelPlan, config: Config, interpreted: bool) -> dict[str, A
         "plan_partial": partial,
         "bounds": bounds_text(printer, plan.run_bounds("k")),
         "arguments": arguments(plan, config),
+        "before": before,
+        "after": after,
     }
-    context["helpers"] = helper_sources(printer.helpers)
+    context["helpers"] = helper_sources(printer.helpers | helpers_of((before, after)))
     return context
 
 
@@ -190,5 +177,7 @@ def emit(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
 
     ``interpreted`` works around what Triton's interpreter cannot do; the results are the same.
     """
+    if plan.maps and plan.query_row is not None:
+        raise ValueError("queries that are made, and rows changed on their way, are in order")
     text = str(template("triton_forward.j2").render(**_context(plan, config, interpreted)))
     return "".join(map(wrapped, text.splitlines(keepends=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -13,13 +13,17 @@ from typing import Any
 from attnlang.ir import Expr, format_program
 from attnlang.passes.levels import Level
 
+from .facts import Facts
 from .plan import KernelPlan, Value
-from .triton_printer import TritonPrinter, precedence
+from .plan_parts import TensorArg
+from .printer import Plan
+from .triton_printer import TritonExpressions, TritonPrinter, precedence, safe_name
 
 __all__ = [
     "KNOWN_SIZES",
     "LINE",
     "RUN_TABLE",
+    "Arguments",
     "Config",
     "Line",
     "as_tensor",
@@ -28,8 +32,10 @@ __all__ = [
     "lines",
     "mask_text",
     "padded",
+    "program_lines",
     "sizes_given",
     "template",
+    "tensor_parameters",
     "wrapped",
 ]
 
@@ -45,7 +51,14 @@ KNOWN_SIZES = {"B": "q.shape[0]", "H": "q.shape[1]", "Lq": "q.shape[2]", "Hkv": 
 def sizes_given(plan: KernelPlan) -> list[str]:
     """Return the sizes that a launch is told, since the shapes of q and k do not say them."""
     moved = ["Lk"] if plan.key_row is not None else []  # then k has rows, and not a row for each key
-    return [*moved, *(n for n in plan.sizes if n not in KNOWN_SIZES)]
+    return [*moved, *(n for n in plan.all_sizes if n not in KNOWN_SIZES)]
+
+
+def tensor_parameters(tensor: TensorArg) -> list[tuple[str, str]]:
+    """Return the kernel parameters of a captured tensor (pointer, strides, extents), and their values on the host."""
+    name, dims = safe_name(tensor.name), range(tensor.rank)
+    strides = [(f"{name}_stride{d}", f"{name}.stride({d})") for d in dims]
+    return [(f"{name}_ptr", name), *strides, *((f"{name}_size{d}", f"{name}.size({d})") for d in dims)]
 
 
 RUN_TABLE = ("full_ptr", "full_runs", "part_ptr", "part_runs", "map_batch", "map_heads", "first_tile", "tile_step")
@@ -75,6 +88,23 @@ class Config:
         return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}" + "d" * self.descriptors
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """Parameters of the kernel and of ``launch``, in the fixed order of a plan.
+
+    ``call`` holds the host expression for each kernel parameter. ``loose`` parameters are not specialised on their
+    value. ``pointers`` maps captured tensors to their pointer parameter.
+    """
+
+    kernel: tuple[str, ...]
+    host: tuple[str, ...]
+    call: tuple[str, ...]
+    loose: tuple[str, ...]
+    pointers: Mapping[str, str]
+    last_strides: tuple[str, ...]
+    float_scalars: tuple[str, ...]
+
+
 def padded(dim: int) -> int:
     """Return the block size that holds ``dim`` columns: a power of two, at least 16 for the matrix units."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -96,12 +126,13 @@ def comment(text: str) -> str:
     return clean if len(clean) <= WIDTH else clean[: WIDTH - 3] + "..."
 
 
-def _program_lines(plan: KernelPlan) -> list[str]:
+def program_lines(plan: Facts) -> list[str]:
+    """Return the text of the program of a plan as comment lines."""
     lines = format_program(plan.program).splitlines()
     return [(" " * (len(line) - len(line.lstrip())) + comment(line)) for line in lines if line.strip()]
 
 
-def lines(printer: TritonPrinter, values: Iterable[Value]) -> list[Line]:
+def lines(printer: TritonExpressions[Plan], values: Iterable[Value]) -> list[Line]:
     """Print statements."""
     return [Line(printer.value_name(v.name), printer.value(v), comment(v.comment)) for v in values]
 
@@ -150,7 +181,8 @@ def kernel_context(plan: KernelPlan, config: Config, printer: TritonPrinter, *, 
         # the interpreter multiplies the bits of bfloat16
         "operand": ".to(tl.float32)" if interpreted and plan.dtype == "bfloat16" else "",
         "wide": ".to(tl.int64)" if plan.wide else "",
-        "program_text": _program_lines(plan),
+        "program_text": program_lines(plan),
+        "dtype": plan.dtype,
         "about": f"{plan.dtype}, head dimension {plan.head_dim}, value dimension {plan.value_dim}.",
         "key_batch": _clamped(plan, as_tensor(printer.text(plan.key_batch, Level.GRID)), "k_batches"),
         "key_head": _clamped(plan, as_tensor(printer.text(plan.key_head, Level.GRID)), "k_heads"),

@@ -1,8 +1,9 @@
 """Prints the expressions of a plan as Triton.
 
 Values are scalars at GRID level, ``[BLOCK_M]`` at ROW level, ``[BLOCK_N]`` at COL level and ``[BLOCK_M, BLOCK_N]`` at
-PAIR level. Triton's integer ``//`` and ``%`` truncate like C, so floor semantics come from a proof, a shift or a helper
-function (``templates/triton_helpers.j2``); the printer records which helpers it used.
+PAIR level (in a rows stage, whose columns are features, BLOCK_D or BLOCK_DV in place of BLOCK_N). Triton's integer
+``//`` and ``%`` truncate like C, so floor semantics come from a proof, a shift or a helper function
+(``templates/triton_helpers.j2``); the printer records which helpers it used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import keyword
 import math
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 from attnlang.ir import BOOL, FLOAT, INT, Const, Expr, Index, Input, Load, Op, Param, Size
 from attnlang.passes.levels import Level
@@ -18,16 +20,17 @@ from attnlang.passes.widths import Width
 from attnlang.sparsity.closed_form import KEY_TILE, QUERY_TILE
 
 from .plan import KernelPlan
-from .printer import Printer
+from .printer import Plan, Printer
 from .triton_helpers import HELPERS
 
-__all__ = ["RESERVED", "TritonPrinter", "precedence", "safe_name", "top_operators"]
+__all__ = ["RESERVED", "TritonExpressions", "TritonPrinter", "precedence", "safe_name", "top_operators"]
 
 _TEMPLATE_NAMES = """
-acc attention_forward b bh d_idx d_mask decay descriptor dv_idx dv_mask first_tile float full_ptr full_runs gap1 gap2
-gap3 h inside int k k_base k_batches k_desc k_distance k_first k_heads k_idx k_last k_local k_offsets k_ptr k_row k_rows
-key_batch key_head launch
-lse lse_ptr map_batch map_heads map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr
+BLOCK_D BLOCK_DV BLOCK_M BLOCK_N FEATURES HEAD_DIM LN2 LOG2E VALUE_DIM
+acc attention_forward attention_rows b bh change_output d_idx d_mask decay descriptor dv_idx dv_mask first_tile float
+full_ptr full_runs gap1 gap2 gap3 h inside int k k_base k_batches k_desc k_distance k_first k_heads k_idx k_last
+k_local k_offsets k_ptr k_row k_rows key_batch key_head launch lse lse_ptr make_queries make_rows
+map_batch map_heads map_row num_q_tiles num_stages num_warps o o_base o_desc o_mask o_offsets o_ptr
 part_ptr part_runs pid q q_base q_desc q_distance q_first q_idx q_last q_local q_offsets q_ptr q_row query_inside range
 rate row_max row_sum run s scale scores softmax_step start start_q step TensorDescriptor tile tile_q tile_step tiles tl
 triton v v_base v_desc v_offsets v_ptr visible
@@ -100,11 +103,14 @@ def _literal(value: float) -> str:
     return repr(value)
 
 
-class TritonPrinter(Printer[KernelPlan]):
-    """Prints one plan.
+class TritonExpressions(Printer[Plan]):
+    """Prints the expressions of one plan, whatever its rows and columns are.
 
     ``helpers`` collects the names of helper functions the text calls, ``used`` the index variables it reads.
     """
+
+    axes: ClassVar[Mapping[str, tuple[str, Level]]]
+    """The variable of each index, and its level."""
 
     formats: Mapping[str, str] = {
         "add": "{0:5} + {1:5r}",
@@ -152,7 +158,7 @@ class TritonPrinter(Printer[KernelPlan]):
         "trunc": "truncate({0})",
     }
 
-    def __init__(self, plan: KernelPlan, *, interpreted: bool = False) -> None:
+    def __init__(self, plan: Plan, *, interpreted: bool = False) -> None:
         super().__init__(plan)
         self.helpers: set[str] = set()
         self.used: set[str] = set()
@@ -162,29 +168,6 @@ class TritonPrinter(Printer[KernelPlan]):
         return safe_name(name)
 
     # operators
-
-    def _op_to_float(self, node: Op, at: Level) -> str:
-        distance = self._distance(node.args[0], at)
-        return distance or self._apply(self.formats["to_float"], node, at)
-
-    def _distance(self, node: Expr, at: Level) -> str | None:
-        """Print q - k, k - q or their size as the difference of two float vectors relative to the tile.
-
-        The vectors are exact, so the result is rounded once; the obvious text converts a whole tile of integers.
-        """
-        if at is not Level.PAIR or node in self.plan.names or not isinstance(node, Op):
-            return None
-        if node.op == "abs":
-            inner = self._distance(node.args[0], at)
-            return f"tl.abs({inner})" if inner else None
-        if node.op != "sub" or not all(isinstance(a, Index) for a in node.args):
-            return None
-        vectors = {"q": "q_distance[:, None]", "k": "k_distance[None, :]"}
-        texts = [vectors.get(a.axis) for a in node.args if isinstance(a, Index)]
-        if None in texts:
-            return None
-        self.used.add("k_distance")
-        return f"({texts[0]} - {texts[1]})"
 
     def operation(self, node: Op, at: Level) -> str:
         special = getattr(self, f"_op_{node.op}", None)
@@ -288,13 +271,7 @@ class TritonPrinter(Printer[KernelPlan]):
         return _literal(node.value) if node.type is FLOAT else repr(node.value)
 
     def index(self, node: Index, at: Level) -> str:
-        name, level = {
-            "b": ("b", Level.GRID),
-            "h": ("h", Level.GRID),
-            "q": ("q_idx", Level.ROW),
-            "k": ("k_idx", Level.COL),
-            "d": ("d_", Level.GRID),
-        }[node.axis]
+        name, level = self.axes[node.axis]
         self.used.add(name)
         return self._spread(name, level, at)
 
@@ -307,11 +284,6 @@ class TritonPrinter(Printer[KernelPlan]):
         if node.type is BOOL:
             return f"{name} != 0"
         return f"{name}.to(tl.int64)" if node.type is INT and self.plan.width(node) is Width.I64 else name
-
-    def input(self, node: Input, at: Level) -> str:
-        if "d" in node.axes:
-            return self._spread(f"{node.name}_", Level.ROW if "q" in node.axes else Level.COL, at)
-        return _TILES.get(node, node.name)
 
     def convert(self, text: str, have: Width, want: Width, at: Level) -> str:
         if have is want:
@@ -360,3 +332,43 @@ class TritonPrinter(Printer[KernelPlan]):
         if want is Width.BOOL:
             return f"{text} != 0"
         return text if _NATIVE.get(dtype) is want else f"{text}.to({_LOAD_TO[want]})"
+
+
+class TritonPrinter(TritonExpressions[KernelPlan]):
+    """Prints the plan of a kernel over pairs."""
+
+    axes: ClassVar[Mapping[str, tuple[str, Level]]] = {
+        "b": ("b", Level.GRID),
+        "h": ("h", Level.GRID),
+        "q": ("q_idx", Level.ROW),
+        "k": ("k_idx", Level.COL),
+        "d": ("d_", Level.GRID),
+    }
+
+    def _op_to_float(self, node: Op, at: Level) -> str:
+        distance = self._distance(node.args[0], at)
+        return distance or self._apply(self.formats["to_float"], node, at)
+
+    def _distance(self, node: Expr, at: Level) -> str | None:
+        """Print q - k, k - q or their size as the difference of two float vectors relative to the tile.
+
+        The vectors are exact, so the result is rounded once; the obvious text converts a whole tile of integers.
+        """
+        if at is not Level.PAIR or node in self.plan.names or not isinstance(node, Op):
+            return None
+        if node.op == "abs":
+            inner = self._distance(node.args[0], at)
+            return f"tl.abs({inner})" if inner else None
+        if node.op != "sub" or not all(isinstance(a, Index) for a in node.args):
+            return None
+        vectors = {"q": "q_distance[:, None]", "k": "k_distance[None, :]"}
+        texts = [vectors.get(a.axis) for a in node.args if isinstance(a, Index)]
+        if None in texts:
+            return None
+        self.used.add("k_distance")
+        return f"({texts[0]} - {texts[1]})"
+
+    def input(self, node: Input, at: Level) -> str:
+        if "d" in node.axes:
+            return self._spread(f"{node.name}_", Level.ROW if "q" in node.axes else Level.COL, at)
+        return _TILES.get(node, node.name)

@@ -15,11 +15,12 @@ from attnlang.passes.levels import Level
 from attnlang.passes.streaming import Accumulator, Made, Streaming
 
 from .plan import KernelPlan, Step
-from .triton import Arguments, arguments, emit, score_text, section_text
-from .triton_common import Config, comment, kernel_context, lines, template, wrapped
+from .triton import arguments, emit, score_text, section_text
+from .triton_common import Arguments, Config, comment, kernel_context, lines, template, wrapped
 from .triton_features import scores_text
 from .triton_helpers import helper_sources
 from .triton_printer import TritonPrinter
+from .triton_rows import change_output, given_name, helpers_of, make_queries
 from .triton_runs import bounds_text
 
 __all__ = ["KERNEL_NAME", "emit_forward", "emit_stream", "forward_arguments", "row_outputs", "stream_arguments"]
@@ -165,13 +166,17 @@ def stream_arguments(plan: KernelPlan, config: Config) -> Arguments:
 
 @dataclass(frozen=True)
 class _Out:
+    """An output: what it is, or how rows are scaled. Text that has a ``name`` is a statement, which others read."""
+
     rows: bool
     text: str
     pointer: str
+    name: str = ""
 
 
 def _outputs(printer: _Printer, plan: KernelPlan) -> list[_Out]:
     assert plan.stream is not None
+    read = () if plan.after is None else plan.after.statistics
     found = []
     for out in row_outputs(plan.stream):
         pointer = f"{out.name}_out_"
@@ -185,18 +190,18 @@ def _outputs(printer: _Printer, plan: KernelPlan) -> list[_Out]:
             text = printer.text(out.value, Level.ROW)
             if plan.level(out.value) is not Level.ROW:
                 text = f"tl.zeros([BLOCK_M], tl.float32) + {text}"
-            found.append(_Out(False, text, pointer))
+            found.append(_Out(False, text, pointer, given_name(out.name) if out.name in read else ""))
     return found
 
 
 def emit_forward(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
     """Return the Triton source of the forward kernel of any plan; see :func:`emit_stream`."""
-    return (emit if plan.plain else emit_stream)(plan, config, interpreted=interpreted)
+    return (emit if plan.softmax else emit_stream)(plan, config, interpreted=interpreted)
 
 
 def forward_arguments(plan: KernelPlan, config: Config) -> Arguments:
     """Return the parameters of the kernel that :func:`emit_forward` writes."""
-    return arguments(plan, config) if plan.plain else stream_arguments(plan, config)
+    return arguments(plan, config) if plan.softmax else stream_arguments(plan, config)
 
 
 def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) -> str:
@@ -216,6 +221,8 @@ def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) 
     features = scores_text(printer, rows_known=True)
     distance = full["distance"] or partial["distance"] or any(s.distance for s in steps)
     assert plan.stream is not None
+    before = make_queries(plan.before, plan.head_dim, interpreted=interpreted)
+    after = change_output(plan.after, plan.value_dim, interpreted=interpreted)
     context = kernel_context(plan, config, printer, interpreted=interpreted) | {
         "offset_bits": 64 if plan.wide else 32,
         "kernel_name": KERNEL_NAME,
@@ -232,7 +239,9 @@ def emit_stream(plan: KernelPlan, config: Config, *, interpreted: bool = False) 
         "outputs": _outputs(printer, plan),
         "bounds": bounds_text(printer, plan.run_bounds("k")),
         "arguments": stream_arguments(plan, config),
+        "before": before,
+        "after": after,
     }
-    context["helpers"] = helper_sources(printer.helpers)
+    context["helpers"] = helper_sources(printer.helpers | helpers_of((before, after)))
     text = str(template("triton_stream.j2").render(**context))
     return "".join(map(wrapped, text.splitlines(keepends=True)))

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from attnlang.codegen.plan import KernelPlan
 from attnlang.codegen.triton import emit
 from attnlang.codegen.triton_common import Config
 from attnlang.codegen.triton_stream import emit_stream, row_outputs
 from attnlang.codegen.triton_tiles import INTERPRETED, candidates
+from attnlang.ir import OUTPUT_NAMES
 from attnlang.passes.streaming import Unstreamable
 
 from .call import Call
@@ -22,12 +24,12 @@ __all__ = ["forward", "outputs"]
 
 Tensor = torch.Tensor
 
-_kernels: Kernels[Kernel] = Kernels()
-_streams: Kernels[Kernel] = Kernels()
+_kernels: Kernels[Kernel[KernelPlan]] = Kernels()
+_streams: Kernels[Kernel[KernelPlan]] = Kernels()
 
 
-def _kernel(call: Call, target: str, descriptors: bool) -> Kernel:
-    def make() -> Kernel:
+def _kernel(call: Call, target: str, descriptors: bool) -> Kernel[KernelPlan]:
+    def make() -> Kernel[KernelPlan]:
         plan = plan_of(call)
         return Kernel(call.program, plan, target, candidates(plan, target, descriptors=descriptors), emit)
 
@@ -79,6 +81,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if call.sizes["Lk"] == 0 or call.k.shape[2] == 0:
         return o.zero_(), lse.fill_(-torch.inf)
     kernel = _kernel(call, target, _use_descriptors(call, o, target))
+    if kernel.plan.before is not None and call.scale <= 0:
+        raise Unavailable("queries that the kernel makes need a positive scale here")
     q, scale = _positive_scale(call.q, call.scale)
     captured = captured_arguments(call, kernel.plan)
 
@@ -90,8 +94,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-def _stream(call: Call, target: str) -> Kernel:
-    def make() -> Kernel:
+def _stream(call: Call, target: str) -> Kernel[KernelPlan]:
+    def make() -> Kernel[KernelPlan]:
         try:
             plan = plan_of(call)
         except Unstreamable as error:
@@ -102,7 +106,7 @@ def _stream(call: Call, target: str) -> Kernel:
 
 
 def outputs(call: Call) -> dict[str, Tensor]:
-    """Compute every output of the program's Attend stage by name.
+    """Compute every output of the program's Attend stage by name; its rows stages make the queries and change the rows.
 
     Weighted rows are [B, H, Lq, Dv] in the dtype of q; numbers of a row [B, H, Lq] float32 (int64 for an argmax).
 
@@ -110,10 +114,15 @@ def outputs(call: Call) -> dict[str, Tensor]:
         Unavailable: as :func:`forward`, or an output is not one value or row for each query.
     """
     target = check(call)
+    maps = len(call.program.stages) > 1
+    if maps and call.program.attend.standard and not call.saves and call.scale > 0:
+        return dict(zip(OUTPUT_NAMES, forward(call), strict=True))
     kernel = _stream(call, target)
     stream = kernel.plan.stream
     assert stream is not None
     columns = [out.name for out in stream.outputs if out.column is not None]
+    if columns and kernel.plan.before is not None:
+        raise Unavailable("sums over queries have a kernel of their own, which reads the rows of q")
     if columns and not call.saves:  # sums over queries start from what is saved of the rows
         made = outputs(replace(call, saves=True))
         return {out.name: made[out.name] for out in stream.outputs}

@@ -43,8 +43,8 @@ class Pair:
     """Both kernels of a plan."""
 
     plan: KernelPlan
-    queries: Kernel
-    keys: Kernel
+    queries: Kernel[KernelPlan]
+    keys: Kernel[KernelPlan]
 
 
 _kernels: Kernels[Pair] = Kernels()
@@ -218,7 +218,7 @@ def _unit(call: Call, do: Tensor, dlse: Tensor) -> Tensor:
 
 
 def launch(
-    call: Call, which: str, kernel: Kernel, operands: tuple[Tensor, ...], *, unit: Tensor | None = None
+    call: Call, which: str, kernel: Kernel[KernelPlan], operands: tuple[Tensor, ...], *, unit: Tensor | None = None
 ) -> dict[int, _Sums]:
     """Launch the queries or the keys kernel; return the sums it made, by the number of the gradient."""
     captured = captured_arguments(call, kernel.plan)

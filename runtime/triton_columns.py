@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attnlang.codegen.plan import KernelPlan
 from attnlang.codegen.triton_backward_arguments import KEYS, LOOP
 from attnlang.codegen.triton_backward_tiles import candidates
 from attnlang.codegen.triton_columns import column_outputs, column_reads, emit_columns
@@ -28,7 +29,7 @@ Tensor = torch.Tensor
 class _Columns:
     """The kernel, its outputs, and the names of what it reads among what a forward kernel saves."""
 
-    kernel: Kernel
+    kernel: Kernel[KernelPlan]
     outputs: tuple[Made, ...]
     reads: tuple[str, ...]
 

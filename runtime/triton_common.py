@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -21,9 +21,11 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 
 from attnlang.codegen.plan import KernelPlan, make_plan
+from attnlang.codegen.plan_parts import TensorArg
+from attnlang.codegen.rows import Covered, RowsPlan, covered_by
 from attnlang.codegen.triton_common import Config, padded, sizes_given
 from attnlang.codegen.triton_tiles import INTERPRETED, is_compiler_failure, settle
-from attnlang.ir import INT, Program
+from attnlang.ir import INT, Map, Param, Program
 from attnlang.passes.widths import NARROW_LIMIT
 from attnlang.sparsity import RunMap
 
@@ -37,8 +39,12 @@ __all__ = [
     "captured_arguments",
     "check",
     "device_table",
+    "interpreted",
+    "needs_wide",
     "plan_key",
     "plan_of",
+    "read_arguments",
+    "readable",
     "table_of",
     "target_of",
 ]
@@ -55,6 +61,7 @@ _CAPTURED = {
 Tensor = torch.Tensor
 Table: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, int, int, int, int]
 Made = TypeVar("Made")
+Planned = TypeVar("Planned", KernelPlan, RowsPlan)
 
 
 @functools.cache
@@ -66,7 +73,8 @@ def _triton() -> Any:
     return triton
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -87,15 +95,21 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{properties.major}{properties.minor}"
 
 
+def _dims(plan: KernelPlan | RowsPlan) -> str:
+    if isinstance(plan, RowsPlan):
+        return ""
+    return f" with head dimensions {plan.head_dim} and {plan.value_dim} in {plan.dtype}"
+
+
 @dataclass
-class Kernel:
+class Kernel(Generic[Planned]):
     """A plan with its candidate tiles, and the one its launches settled on; ``emit`` writes its source at a tile.
 
     ``program`` is what was planned: the key of a kernel has its id, which must stay taken.
     """
 
     program: Program
-    plan: KernelPlan
+    plan: Planned
     target: str
     configs: tuple[Config, ...]
     emit: Callable[..., str]
@@ -138,8 +152,7 @@ class Kernel:
 
         chosen = settle(self.configs, spills)
         if chosen is None:
-            dims = f"head dimensions {self.plan.head_dim} and {self.plan.value_dim} in {self.plan.dtype}"
-            self.refused = f"no tile of {self.plan.program.name} with {dims} fits {self.target}{why}"
+            self.refused = f"no tile of {self.plan.program.name}{_dims(self.plan)} fits {self.target}{why}"
             raise Unavailable(self.refused)
         if last is not chosen:  # what ran last holds the results
             _launch(self._launcher(chosen), arguments(chosen))
@@ -148,7 +161,7 @@ class Kernel:
     def _launcher(self, config: Config) -> Callable[..., Any]:
         """Return ``launch`` of the generated module at a tile."""
         if config not in self.loaded:
-            self.loaded[config] = _load(self.emit(self.plan, config, interpreted=_interpreted())).launch
+            self.loaded[config] = _load(self.emit(self.plan, config, interpreted=interpreted())).launch
         return self.loaded[config]
 
 
@@ -177,8 +190,20 @@ def plan_key(call: Call, target: str) -> tuple[Hashable, ...]:
     """Return what a plan depends on; what is kept under it has to keep the program, so that its id stays taken."""
     dims = (call.q.shape[3], call.v.shape[3])
     storage = tuple(call.storage.items())
-    kind = (_needs_wide(call), _closed(call), call.saves, call.order)
+    kind = (needs_wide(call), _closed(call), call.saves, call.order, _covered(call))
     return id(call.program), call.q.dtype, dims, storage, *kind, target
+
+
+def _covered(call: Call) -> frozenset[Covered]:
+    """Return the dimensions of captured tensors that rows made and changed on their way need no clamp for."""
+    stages = call.program.stages
+    if len(stages) == 1:
+        return frozenset()
+    at = stages.index(call.program.attend)
+    shapes = {name: t.shape for name, t in call.tensors.items()}
+    extents = dict.fromkeys(stages[at + 1 :], (*call.q.shape[:3], call.v.shape[3]))
+    extents |= {stage: tuple(call.q.shape) for stage in stages[:at]}
+    return frozenset().union(*(covered_by(s, shapes, found) for s, found in extents.items() if isinstance(s, Map)))
 
 
 def _closed(call: Call) -> tuple[str, ...]:
@@ -197,13 +222,14 @@ def plan_of(
         head_dim=call.q.shape[3],
         value_dim=call.v.shape[3],
         storage=dict(call.storage),
-        wide=_needs_wide(call),
+        wide=needs_wide(call),
         backward=backward,
         saves=call.saves and not backward,
         columns=columns,
         captured_grads=captured_grads,
         closed=filter(call.closed, loops),
         order=(None, None) if backward or columns else call.order,
+        covered=_covered(call),
     )
 
 
@@ -230,7 +256,7 @@ def _span(tensor: Tensor, dims: range) -> int:
     return sum((tensor.shape[d] - 1) * abs(tensor.stride(d)) for d in dims if tensor.shape[d] > 1)
 
 
-def _needs_wide(call: Call) -> bool:
+def needs_wide(call: Call) -> bool:
     """Whether 32-bit indices or offsets inside a tile could overflow."""
     if any(n >= NARROW_LIMIT for n in call.sizes.values()):
         return True
@@ -275,7 +301,7 @@ def _captured(tensor: Tensor) -> Tensor:
 
 
 def check(call: Call) -> str:
-    """Return the target that serves ``call``.
+    """Return the target that serves a call of kernels of attention.
 
     Raises:
         Unavailable: no GPU that Triton serves, or a dtype or head dimension the kernels do not have.
@@ -285,19 +311,38 @@ def check(call: Call) -> str:
         raise Unavailable(f"triton kernels are for float16, bfloat16 and float32, not {call.q.dtype}")
     if max(padded(call.q.shape[3]), padded(call.v.shape[3])) > MAX_HEAD_DIM:
         raise Unavailable(f"triton kernels need head dimensions up to {MAX_HEAD_DIM}")
+    if len(call.program.stages) > 1 and call.order != (None, None):
+        raise Unavailable("rows that are made or changed on their way are in order")
+    return readable(call)
+
+
+def readable(call: Call) -> str:
+    """Return the target that serves any kernel of ``call``.
+
+    Raises:
+        Unavailable: no GPU that Triton serves, or a captured tensor of another dtype than kernels can read.
+    """
+    _triton()
     for name, dtype in call.storage.items():
         if dtype not in _CAPTURED:
             raise Unavailable(f"captured tensor {name} has dtype {dtype}, which triton kernels cannot read")
-    return INTERPRETED if _interpreted() else target_of(call.q.device)
+    return INTERPRETED if interpreted() else target_of(call.q.device)
 
 
 def captured_arguments(call: Call, plan: KernelPlan) -> list[Any]:
     """Captured tensors, scalars and sizes in the order of the generated ``launch``."""
-    values: list[Any] = [_captured(call.tensors[t.name]) for t in plan.tensors]
-    for param in plan.scalars:
+    return read_arguments(call, plan.all_tensors, plan.all_scalars, sizes_given(plan))
+
+
+def read_arguments(
+    call: Call, tensors: Iterable[TensorArg], scalars: Iterable[Param], sizes: Iterable[str]
+) -> list[Any]:
+    """What expressions read, as ``launch`` takes it."""
+    values: list[Any] = [_captured(call.tensors[t.name]) for t in tensors]
+    for param in scalars:
         value = call.params[param.name]
         values.append(int(value) if param.type is not INT and isinstance(value, bool) else value)
-    values += [call.sizes[n] for n in sizes_given(plan)]
+    values += [call.sizes[n] for n in sizes]
     return values
 
 
