@@ -64,21 +64,18 @@ def _gradients(backend: str) -> Callable[[Call, Pullback, RowGradients, tuple[st
     return found
 
 
-def rows_of(device: str) -> Callable[[Call, tuple[int, ...]], Tensor]:
-    """Return the function that makes the rows of a Map on a device, in float32, given their extents.
+def rows_of(backend: str | None) -> Callable[[Call, tuple[int, ...]], Tensor]:
+    """Return the function of ``backend`` that makes the rows of a Map, in float32, given their extents.
 
     Raises:
-        Unavailable: nothing compiled runs there.
+        Unavailable: there is no such backend, or it is not installed.
     """
     try:
-        return _rows_by(DEVICES[device])
-    except (KeyError, ImportError) as error:
-        raise Unavailable(f"no compiled backend runs on {device}") from error
-
-
-@functools.cache
-def _rows_by(backend: str) -> Callable[[Call, tuple[int, ...]], Tensor]:
-    found: Callable[[Call, tuple[int, ...]], Tensor] = importlib.import_module(f"attnlang.runtime.{backend}_rows").make
+        found: Callable[[Call, tuple[int, ...]], Tensor] = importlib.import_module(
+            f"attnlang.runtime.{backend}_rows"
+        ).make
+    except ImportError as error:
+        raise Unavailable(f"{backend} makes no rows") from error
     return found
 
 

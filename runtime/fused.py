@@ -79,6 +79,8 @@ def fused(call: Call, stage: Attend, here: Environment, maps: Maps, outputs: Out
     bound = kernel_call(call, stage, here, "q" if maps.before else "")
     if call.program.standard and bound.q.device.type == "cpu" and prefers_order(bound):
         raise Unavailable("there is a faster kernel, which takes no other stages in")
+    if bound.sizes["Hkv"] != here.sizes["Hkv"]:
+        raise Unavailable("its keys have heads of their own, which rows would take for those of k")
     before = _on_the_way(maps.before, bound.q.shape, here)
     after = _on_the_way(_at_hand(maps), (*bound.q.shape[:3], bound.v.shape[3]), here)
     tensors = {**before.tensors, **after.tensors}

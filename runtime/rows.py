@@ -36,7 +36,7 @@ from attnlang.ir.stages import Stage
 from attnlang.passes.levels import axes_of
 
 from .call import Call
-from .compiled import rows_of
+from .compiled import DEVICES, rows_of
 from .errors import Unavailable
 from .row_backward import GRADIENT, gradient_of
 from .transforms import Kind, innermost, without_kernels
@@ -49,17 +49,21 @@ DEAR = {"sin", "cos", "tan", "atan", "erf", "pow", "expm1", "log1p"}
 """Operators that cost a kernel more than a load."""
 
 
-def make_rows(stage: Map, env: Environment, call: Call) -> Tensor:
-    """Return the rows of ``stage`` [B, H, L, D] in the dtype that ``env`` computes in, differentiable."""
+def make_rows(stage: Map, env: Environment, call: Call, backend: str | None = None) -> Tensor:
+    """Return the rows of ``stage`` [B, H, L, D] in the dtype that ``env`` computes in, differentiable.
+
+    ``backend`` is the one to use in place of that of the device.
+    """
+    backend = backend or DEVICES.get(call.q.device.type)
     tensors = read_by(stage, env)
     if env.float_dtype is not torch.float32 or innermost() is not Kind.NONE or without_kernels(tensors.values()):
         return run_rows(stage, env)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     try:
         if recorded:
-            made: Tensor = _Rows.apply(_Work(stage, env, call, tuple(tensors)), *tensors.values())
+            made: Tensor = _Rows.apply(_Work(stage, env, call, backend, tuple(tensors)), *tensors.values())
             return made
-        return _by_kernel(stage, env, call, tensors)
+        return _by_kernel(_Work(stage, env, call, backend), tensors)
     except Unavailable:
         return run_rows(stage, env)
 
@@ -69,7 +73,8 @@ class _Work:
     stage: Map
     env: Environment
     call: Call
-    names: tuple[str, ...]
+    backend: str | None
+    names: tuple[str, ...] = ()
 
 
 class _Rows(torch.autograd.Function):
@@ -80,7 +85,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, work: _Work, *tensors: Tensor) -> Tensor:
         ctx.work = work
         ctx.save_for_backward(*tensors)
-        return _by_kernel(work.stage, work.env, work.call, dict(zip(work.names, tensors, strict=True)))
+        return _by_kernel(work, dict(zip(work.names, tensors, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,18 +122,18 @@ def _gradients(
                 found.append(None)
                 continue
             here = replace(env, tensors={**given, **made.tables, GRADIENT: grad})
-            rows = _by_kernel(made.stage, here, work.call, read_by(made.stage, here))
+            rows = _by_kernel(replace(work, stage=made.stage, env=here), read_by(made.stage, here))
             found.append(made.summed(rows, t.shape).to(t.dtype))
     except Unavailable:
         return None
     return found
 
 
-def _by_kernel(stage: Map, env: Environment, call: Call, tensors: dict[str, Tensor]) -> Tensor:
-    extents = tuple(int(evaluate(e, env)) for e in stage.extents)
+def _by_kernel(work: _Work, tensors: dict[str, Tensor]) -> Tensor:
+    extents = tuple(int(evaluate(e, work.env)) for e in work.stage.extents)
     if 0 in extents or len(extents) != 4:
         raise Unavailable("there are no rows")
-    return rows_of(call.q.device.type)(rows_call(call, stage, env, tensors), extents)
+    return rows_of(work.backend)(rows_call(work.call, work.stage, work.env, tensors), extents)
 
 
 def rows_call(call: Call, stage: Map, env: Environment, tensors: Mapping[str, Tensor]) -> Call:

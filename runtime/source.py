@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from attnlang.ir import BOOL, INT, Attend, Map, Program, Type, UsageError
+from attnlang.ir import BOOL, INT, Attend, Environment, Map, Program, Type, UsageError, evaluate
 
 from .bind import suggest
 
@@ -184,17 +184,27 @@ def sources(
     def text(part: Program, attends: bool) -> str:
         if attends:
             return _emitted(_plan(part, target, head_dim, value_dim, dtype, storage), target)
-        return _rows_source(part, target, _held(part, dtype, storage))
+        return _rows_source(part, target, _held(part, dtype, storage), {"D": head_dim, "Dv": value_dim})
 
     return {name: text(part, attends[name]) for name, part in parts.items() if not reasons[name]}
 
 
-def _rows_source(program: Program, target: str, storage: Mapping[str, str]) -> str:
+def _rows_source(program: Program, target: str, storage: Mapping[str, str], dims: Mapping[str, int]) -> str:
     from attnlang.codegen.rows import rows_plan
 
     (stage,) = program.stages
     assert isinstance(stage, Map)
     plan = rows_plan(program, stage, storage)
-    from attnlang.codegen.cpp_rows import emit
+    if target.startswith("cpu"):
+        from attnlang.codegen.cpp_rows import emit as emit_cpp
 
-    return emit(plan, isa_for(target))
+        return emit_cpp(plan, isa_for(target))
+    from attnlang.codegen.triton_rows import MOST_FEATURES, candidates
+    from attnlang.codegen.triton_rows import emit as emit_triton
+
+    try:
+        features = int(evaluate(stage.extents[3], Environment(sizes=dims)))
+    except KeyError:  # other sizes are known in a call
+        features = dims["D"]
+    features = min(features, MOST_FEATURES)
+    return emit_triton(plan, candidates(features)[0], features=features)

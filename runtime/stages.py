@@ -130,7 +130,7 @@ def run(call: Call, attention: Attention, backend: str | None = None) -> dict[st
             return None
 
     def rows(stage: Map, here: Environment) -> Tensor:
-        return make_rows(stage, here, call) if compiled and backend != "eager" else run_rows(stage, here)
+        return make_rows(stage, here, call, backend) if compiled and backend != "eager" else run_rows(stage, here)
 
     def served(stage: Attend) -> bool:
         return softmax_roles(stage) is not None or (compiled and has_kernel(stage))

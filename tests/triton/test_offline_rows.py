@@ -73,7 +73,7 @@ def plan_of(text: str, dim: int = DIM) -> KernelPlan:
     fusion = fusions(program)[attend.name]
     assert fusion.before is not None and fusion.after is not None
     softmax = text is SOFTMAX
-    after = on_rows_at_hand(fusion.after, fusion.rows[0], {"inner_lse": "lse"} if softmax else {"total": "total"})
+    after = on_rows_at_hand(fusion.after, fusion.rows[0], (("inner_lse", "lse") if softmax else ("total", "total"),))
     alone = al.library.causal.attend if softmax else replace(attend, terms=al.library.causal.attend.terms)
     program = replace(program, stages=(fusion.before, alone, after), returns=())
     covered = frozenset().union(*(covered_by(m, shapes(dim), (2, 8, LENGTH, dim)) for m in (fusion.before, after)))
