@@ -10,8 +10,10 @@ import os
 
 import pytest
 
+from attnlang.passes.fusion import fusions
 from attnlang.runtime import cpp_common, regions
 
+from .random_programs import random_program
 from .random_runs import Launches, case, check
 
 PROGRAMS, CHUNK = 500 * int(os.environ.get("ATTNLANG_FUZZ", "1")), 20
@@ -33,3 +35,9 @@ def test_on_a_cpu(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
         check(this, values=1e-4, grads=5e-4)
     assert len(launches.forward) >= CHUNK * 3 // 10
     assert len(launches.backward) >= CHUNK // 5
+
+
+def test_programs_have_rows_to_take_in() -> None:
+    found = [fusions(random_program(seed)).values() for seed in range(100)]
+    assert sum(any(f.before for f in fused) for fused in found) >= 3
+    assert sum(any(f.after for f in fused) for fused in found) >= 6
