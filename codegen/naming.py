@@ -12,6 +12,9 @@ from .runs import NAMES, RunBounds
 
 __all__ = ["names"]
 
+PREFIXES = ("n_", "p_", "t_")
+"""What C++ sources put before names of sizes, parameters and tensors."""
+
 MAX_INLINE_DEPTH = 6
 """Nested operators printed as one expression before a statement of their own is made."""
 
@@ -24,7 +27,7 @@ class _Namer:
     """Readable, unique, deterministic names for values."""
 
     def __init__(self, taken: Iterable[str], levels: Mapping[Level, str]) -> None:
-        self._used: set[str] = set(taken)
+        self._used: set[str] = {prefix + name for name in taken for prefix in ("", *PREFIXES)}
         self._levels = levels
 
     def take(self, stem: str) -> str:

@@ -13,10 +13,11 @@ from attnlang.ir import Expr, Program, Scalar
 if TYPE_CHECKING:
     from attnlang.sparsity import RunMap
 
-__all__ = ["Call"]
+__all__ = ["Call", "never"]
 
 
-def _never(loop: str) -> bool:
+def never(loop: str) -> bool:
+    """``Call.closed`` of a call whose kernels have no runs to compute."""
     return False
 
 
@@ -44,7 +45,7 @@ class Call:
     scale: float
     runs: Callable[[tuple[int, int]], RunMap]
     key_tile: int = 0
-    closed: Callable[[str], bool] = _never
+    closed: Callable[[str], bool] = never
     saves: bool = False
     order: tuple[Expr | None, Expr | None] = (None, None)
 

@@ -16,7 +16,7 @@ from .call import Call
 from .compiled import kernel_call
 from .cpp import prefers_order
 from .errors import Unavailable
-from .rows import declaring, for_kernels, load_axes, read_by, tabulated
+from .rows import declaring, for_kernels, load_axes, read_by, sizes_of, tabulated
 
 __all__ = ["Maps", "fused", "maps_of", "taking_in", "with_maps"]
 
@@ -64,7 +64,7 @@ def maps_of(part: Attend, fusion: Fusion) -> Maps | None:
     names = {out.name: out.name for out in part.outputs}
     if roles is not None:
         names = {roles[3]: "o", roles[4] or "": "lse"}
-    rows = next(out.name for out in part.outputs if out.rows is not None)
+    rows = next((out.name for out in part.outputs if out.rows is not None), "")
     return Maps(fusion.before, after, rows, names)
 
 
@@ -79,10 +79,8 @@ def fused(call: Call, stage: Attend, here: Environment, maps: Maps, outputs: Out
     bound = kernel_call(call, stage, here, "q" if maps.before else "")
     if call.program.standard and bound.q.device.type == "cpu" and prefers_order(bound):
         raise Unavailable("there is a faster kernel, which takes no other stages in")
-    if bound.sizes["Hkv"] != here.sizes["Hkv"]:
-        raise Unavailable("its keys have heads of their own, which rows would take for those of k")
-    before = _on_the_way(maps.before, bound.q.shape, here)
-    after = _on_the_way(_at_hand(maps), (*bound.q.shape[:3], bound.v.shape[3]), here)
+    before = _on_the_way(maps.before, bound.q.shape, bound.sizes, here)
+    after = _on_the_way(_at_hand(maps), (*bound.q.shape[:3], bound.v.shape[3]), bound.sizes, here)
     tensors = {**before.tensors, **after.tensors}
     stages = (*before.stages, call.program.attend, *after.stages)
     program = declaring(call.program, stages, tuple((name, t.dim()) for name, t in tensors.items()))
@@ -117,10 +115,12 @@ class _Bound:
     tensors: Mapping[str, Tensor]
 
 
-def _on_the_way(stage: Map | None, shape: tuple[int, ...], here: Environment) -> _Bound:
+def _on_the_way(stage: Map | None, shape: tuple[int, ...], sizes: Mapping[str, int], here: Environment) -> _Bound:
     if stage is None:
         return _Bound((), {})
     if tuple(int(evaluate(e, here)) for e in stage.extents) != tuple(shape):
         raise Unavailable("the rows have another shape than those of the kernel")
+    if any(sizes[name] != here.sizes[name] for name in sizes_of(stage)):
+        raise Unavailable("the rows read a size that is another one in the kernel")
     changed, tensors = for_kernels(stage, here, read_by(stage, here))
     return _Bound((changed,), tensors)

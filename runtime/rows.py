@@ -35,13 +35,23 @@ from attnlang.ir.rowstages import index_grid, run_rows
 from attnlang.ir.stages import Stage
 from attnlang.passes.levels import axes_of
 
-from .call import Call
+from .call import Call, never
 from .compiled import DEVICES, rows_of
 from .errors import Unavailable
 from .row_backward import GRADIENT, gradient_of
 from .transforms import Kind, innermost, without_kernels
 
-__all__ = ["as_rows", "declaring", "for_kernels", "load_axes", "make_rows", "read_by", "rows_call", "tabulated"]
+__all__ = [
+    "as_rows",
+    "declaring",
+    "for_kernels",
+    "load_axes",
+    "make_rows",
+    "read_by",
+    "rows_call",
+    "sizes_of",
+    "tabulated",
+]
 
 Tensor = torch.Tensor
 
@@ -83,7 +93,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: _Work, *tensors: Tensor) -> Tensor:
-        ctx.work = work
+        ctx.work = replace(work, env=replace(work.env, tensors={}, operands={}))  # what else there is may go
         ctx.save_for_backward(*tensors)
         return _by_kernel(work, dict(zip(work.names, tensors, strict=True)))
 
@@ -140,22 +150,24 @@ def rows_call(call: Call, stage: Map, env: Environment, tensors: Mapping[str, Te
     """Return ``stage`` as a program of its own, of the ``tensors`` it reads.
 
     Raises:
-        Unavailable: the stage reads a parameter that is a tensor.
+        Unavailable: the stage reads a parameter that is a tensor, or a tensor has the name of a table.
     """
     stage, tensors = for_kernels(stage, env, tensors)
     program = declaring(call.program, (stage,), tuple((name, t.dim()) for name, t in tensors.items()))
-    return replace(call, program=program, tensors=tensors, sizes=env.sizes)
+    return replace(call, program=program, tensors=tensors, sizes=env.sizes, closed=never)
 
 
 def for_kernels(stage: Map, env: Environment, tensors: Mapping[str, Tensor]) -> tuple[Map, dict[str, Tensor]]:
     """Return ``stage`` as kernels make it, and those of ``tensors`` it reads then, with tables of what is dear.
 
     Raises:
-        Unavailable: the stage reads a parameter that is a tensor.
+        Unavailable: the stage reads a parameter that is a tensor, or a tensor has the name of a table.
     """
     if any(isinstance(env.params.get(name), Tensor) for name in _params(stage)):
         raise Unavailable("a parameter is a tensor")
     changed, tables = tabulated(stage)
+    if any(name in env.tensors for name, _ in tables):
+        raise Unavailable("a tensor has the name of a table")
     found = {**tensors, **{name: _table(expr, stage, env) for name, expr in tables}}
     return changed, {name: found[name] for name in _read(changed)}
 
@@ -173,6 +185,12 @@ def read_by(stage: Map, env: Environment) -> dict[str, Tensor]:
 @functools.lru_cache(maxsize=256)
 def _params(stage: Map) -> tuple[str, ...]:
     return tuple(n.name for n in postorder(*stage.roots()) if isinstance(n, Param))
+
+
+@functools.lru_cache(maxsize=256)
+def sizes_of(stage: Map) -> frozenset[str]:
+    """Names of the sizes that expressions of ``stage`` read."""
+    return frozenset(n.name for n in postorder(*stage.roots()) if isinstance(n, Size))
 
 
 @functools.lru_cache(maxsize=256)

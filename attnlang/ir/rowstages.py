@@ -50,14 +50,15 @@ def _views(roots: tuple[Expr, ...], axes: str, extents: tuple[int, ...], env: En
         names = [_axis(i) for i in node.indices]
         places = [axes.find(n) if n else -1 for n in names]
         t = env.tensor(node.tensor)
-        if -1 in places or places != sorted(set(places)) or not t.numel():
+        if -1 in places or places != sorted(set(places)):
             continue
-        if any(isinstance(i, Index) and t.shape[n] != extents[places[n]] for n, i in enumerate(node.indices)):
+        dims = list(zip(node.indices, t.shape, places, strict=True))
+        if any(n != extents[place] if isinstance(index, Index) else not n for index, n, place in dims):
             continue
-        for dim, (index, place) in enumerate(zip(node.indices, places, strict=True)):
+        for dim, (index, n, place) in enumerate(dims):
             if not isinstance(index, Index):
                 along = replace(env, indices={axes[place]: torch.arange(extents[place], device=env.device)})
-                t = t.index_select(dim, evaluate(index, along).clamp(0, t.shape[dim] - 1).expand(extents[place]))
+                t = t.index_select(dim, evaluate(index, along).clamp(0, n - 1).expand(extents[place]))
         shape = [1] * len(axes)
         for dim, place in enumerate(places):
             shape[place] = t.shape[dim]

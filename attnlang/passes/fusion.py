@@ -77,7 +77,7 @@ def fusions(program: Program) -> dict[str, Fusion]:
     for number, stage in enumerate(program.stages):
         if not isinstance(stage, Attend) or stage.lengths != Attend().lengths or stage.position:
             continue
-        before = _before(stage, maps, readers, program)
+        before = _before(stage, {name: m for name, m in maps.items() if name not in taken}, readers, program)
         later = {name for s in program.stages[number + 1 :] for name in s.made}
         after: Map | None = None
         rows: tuple[str, ...] = ()
