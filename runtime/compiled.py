@@ -161,7 +161,8 @@ class StageKernel:
             return None
 
     def saving(self, work: Work) -> dict[str, Tensor] | None:
-        """Every output by name, and after them what :meth:`gradients` starts from, in the order of :attr:`saved`."""
+        """Every output by name, and after them what :meth:`gradients` starts from, in the order of :attr:`saved`, under
+        names that no output has."""
         pull = _pull(self.stage)
         if pull is None:
             return None
@@ -170,7 +171,7 @@ class StageKernel:
         except Unavailable:
             return None
         names = [out.name for out in self.stage.outputs]
-        return {n: made[n] for n in names} | {a: made[name] for a, name in saved(pull.stream).items()}
+        return {n: made[n] for n in names} | {f"saved {a}": made[name] for a, name in saved(pull.stream).items()}
 
     def gradients(
         self,

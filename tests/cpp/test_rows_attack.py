@@ -46,6 +46,19 @@ pattern p(g: float[Dv]):
 """,
         {"g": (12,)},
     ),
+    # outputs have names of sums that a kernel saves for its gradients
+    "names of sums": (
+        """
+pattern p():
+    attend inner:
+        mask = k <= q
+        output a1 = sum(w * V, over=k)
+        output a3 = sum(w * w, over=k)
+    rows o[Lq, Dv] = a1[b, h, q, d] * a3[b, h, q]
+    return o
+""",
+        {},
+    ),
     # a captured tensor has the name of the table that the stage would read
     "name of a table": (
         """
