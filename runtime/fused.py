@@ -14,7 +14,6 @@ from attnlang.passes.fusion import Fusion, in_place, loads_of, on_rows_at_hand
 from .alone import softmax_roles
 from .call import Call
 from .compiled import kernel_call
-from .cpp import prefers_order
 from .errors import Unavailable
 from .rows import declaring, for_kernels, load_axes, read_by, sizes_of, tabulated
 
@@ -76,6 +75,8 @@ def fused(call: Call, stage: Attend, here: Environment, maps: Maps, outputs: Out
     Raises:
         Unavailable: no kernel can run this; the reason says why.
     """
+    from .cpp import prefers_order  # templates are loaded with the first kernel
+
     bound = kernel_call(call, stage, here, "q" if maps.before else "")
     if call.program.standard and bound.q.device.type == "cpu" and prefers_order(bound):
         raise Unavailable("there is a faster kernel, which takes no other stages in")
