@@ -44,7 +44,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
     monkeypatch.setattr(triton_common.Kernel, "run", run)
     monkeypatch.setattr(rows, "rows_of", lambda device: triton_rows.make)
-    monkeypatch.setattr("attnlang.runtime.fused.prefers_order", lambda call: False)  # which is a matter of CPUs
+    monkeypatch.setattr("attnlang.runtime.cpp.prefers_order", lambda call: False)  # which is a matter of CPUs
     return found
 
 
