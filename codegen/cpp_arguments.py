@@ -73,8 +73,7 @@ def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
     """Return the argument record of ``plan``, in the order of the record."""
     fields = [*_operand("q"), *_operand("k"), *_operand("v")]
     fields += _outputs(plan)
-    maps = [m for m in (plan.before, plan.after) if m is not None]
-    names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.sizes, *(name for m in maps for name in m.sizes)))
+    names = dict.fromkeys(("B", "H", "Hkv", "Lq", "Lk", *plan.all_sizes))
     fields += [Field(f"n_{name}", "int64", ("size", name)) for name in names]
     fields += [Field("k_batches", "int64", ("extent", "k", "0")), Field("scale", "double", ("scale",))]
     if plan.key_row is not None:
@@ -85,7 +84,7 @@ def arguments(plan: KernelPlan, isa: Isa | None = None) -> Arguments:
     if isa is not None and isa.matrix:
         fields.append(Field("space", "void *", ("pointer", "space")))
     found, local = captured(plan)
-    more = [f for m in maps for f in captured(m)[0]]
+    more = [f for m in plan.maps for f in captured(m)[0]]
     return Arguments((*fields, *dict.fromkeys((*found, *more))), local)
 
 
